@@ -7,7 +7,8 @@
 //! cli -> daemon -> fuse -> tree -> image -> volume -> { map decides, log moves bytes } -> sys
 //! ```
 //!
-//! Start reading at `volume`: it promises what a snapshot is and when it is durable.
+//! Start reading at [`volume`]: it promises what a snapshot is and when it is durable.
 
 pub mod error;
+pub mod sys;
 pub mod units;
