@@ -10,5 +10,6 @@
 //! Start reading at [`volume`]: it promises what a snapshot is and when it is durable.
 
 pub mod error;
+pub mod log;
 pub mod sys;
 pub mod units;
