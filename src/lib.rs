@@ -11,5 +11,6 @@
 
 pub mod error;
 pub mod log;
+pub mod map;
 pub mod sys;
 pub mod units;
