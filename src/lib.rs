@@ -14,3 +14,4 @@ pub mod log;
 pub mod map;
 pub mod sys;
 pub mod units;
+pub mod volume;

@@ -1,0 +1,185 @@
+//! What the engine is told and what it tells: environment, settings, facts about volumes and
+//! snapshots. Plain data.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::map::index::IndexHome;
+use crate::sys::clock::Clock;
+use crate::sys::disk::{Dir, Disk};
+use crate::units::{Epoch, Grain, Name, Uuid, VolumeId};
+
+/// Opens sources; the real one checks, locks and refuses, see `sys::source`.
+pub trait Sources: Send + Sync {
+    /// Opens and locks a source for reading and writing.
+    ///
+    /// # Errors
+    /// `NotFound`, `Permission`, `Busy` (locked by another), `Invalid` (a directory, inside a
+    /// Stillframe mount), `Io`.
+    fn open(&self, path: &str) -> Result<Arc<dyn Disk>>;
+}
+
+/// Everything outside that the engine uses.
+#[derive(Clone)]
+pub struct Environment {
+    /// The store directory; the caller holds its lock.
+    pub dir: Arc<dyn Dir>,
+    /// Where the extent map's index lives.
+    pub index: Arc<dyn IndexHome>,
+    /// Opens sources.
+    pub sources: Arc<dyn Sources>,
+    /// Time and randomness.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Settings of an opened store.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Bytes of cached map pages.
+    pub map_cache_bytes: usize,
+    /// Bytes of a log segment, only used when the store is created.
+    pub segment_bytes: u64,
+    /// Bytes of log after which `maintain` writes a checkpoint.
+    pub checkpoint_bytes: u64,
+    /// Bytes of the ballast; 0 for none.
+    pub ballast_bytes: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            map_cache_bytes: 32 << 20,
+            segment_bytes: 64 << 20,
+            checkpoint_bytes: 64 << 20,
+            ballast_bytes: 8 << 20,
+        }
+    }
+}
+
+/// What to do with a writer when the thin target is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnFull {
+    /// The writer gets the error, every snapshot lives.
+    FailWrite,
+    /// The writer goes on, the snapshots concerned fail.
+    FailSnapshot,
+}
+
+/// Choices made when a volume is added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VolumeOptions {
+    /// Grain of tracking and preserving.
+    pub grain: Grain,
+    /// Policy for a full thin target.
+    pub on_full: OnFull,
+    /// Seconds to wait for space first.
+    pub on_full_wait_s: u32,
+}
+
+impl Default for VolumeOptions {
+    fn default() -> Self {
+        VolumeOptions {
+            grain: Grain::DEFAULT,
+            on_full: OnFull::FailWrite,
+            on_full_wait_s: 60,
+        }
+    }
+}
+
+/// How far a volume's content is known to be what we left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeState {
+    /// All is known.
+    Active,
+    /// The last stop was unclean: identity and size match, the rest could not be checked. Works.
+    Unverified,
+    /// The source is not as we left it: reads of snapshots and writes are refused until `accept`.
+    Changed(String),
+    /// A sync of the source failed: flushes are refused until reopened or accepted.
+    Suspect(String),
+    /// The source cannot be opened; nothing of the volume can be read.
+    Missing(String),
+}
+
+/// Facts about a volume.
+#[derive(Debug, Clone)]
+pub struct VolumeInfo {
+    /// Number, unique in the store.
+    pub id: VolumeId,
+    /// Unique for ever.
+    pub uuid: Uuid,
+    /// Name.
+    pub name: Name,
+    /// Absolute path of the source.
+    pub source: String,
+    /// Bytes.
+    pub size: u64,
+    /// Grain.
+    pub grain: Grain,
+    /// State.
+    pub state: VolumeState,
+    /// First of 16 inode numbers that belong to the volume's own nodes.
+    pub ino_base: u64,
+    /// Last change of the content, ns since 1970.
+    pub mtime_ns: i64,
+    /// When it was added, ns since 1970.
+    pub added_ns: i64,
+    /// Bytes of the thin target that serve this volume's snapshots.
+    pub used: u64,
+    /// Bytes of the thin target that reclaim will give back.
+    pub reclaimable: u64,
+    /// Options.
+    pub options: VolumeOptions,
+}
+
+/// Whether a snapshot can be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SnapshotState {
+    /// Every byte is of its instant.
+    Active,
+    /// It could not be kept; every read answers `Failed`.
+    Failed(String),
+}
+
+/// Facts about a snapshot.
+#[derive(Debug, Clone)]
+pub struct SnapshotInfo {
+    /// Its volume's name.
+    pub volume: Name,
+    /// Name.
+    pub name: Name,
+    /// Unique for ever.
+    pub uuid: Uuid,
+    /// The epoch it opened.
+    pub epoch: Epoch,
+    /// Inode number.
+    pub ino: u64,
+    /// The instant, ns since 1970.
+    pub taken_ns: i64,
+    /// The volume's last change before the instant, ns since 1970 (rule in DESIGN section 2).
+    pub mtime_ns: i64,
+    /// Bytes of the volume at that instant.
+    pub size: u64,
+    /// Bytes of storage the volume's content used at that instant.
+    pub allocated: u64,
+    /// Bytes of the thin target that only this snapshot needs.
+    pub unique: u64,
+    /// State.
+    pub state: SnapshotState,
+    /// The snapshot before it at the time it was taken, if there was one.
+    pub parent: Option<Uuid>,
+    /// Shared by snapshots taken at one instant together.
+    pub group: Option<Uuid>,
+    /// On hold: it cannot be deleted.
+    pub held: bool,
+}
+
+/// How a range is made zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zeroing {
+    /// Give the space back.
+    Discard,
+    /// Read as zero; space may stay.
+    Zero,
+}

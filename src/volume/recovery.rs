@@ -1,0 +1,564 @@
+//! Opening a store: from whatever a crash left to a served state.
+//!
+//! Order: superblock; make what a killed predecessor left in page caches durable; open the map or set
+//! it aside; scan the log from the map's checkpoint; open the sources and compare them; a new segment
+//! whose durable head ends the old one, before anything is served or written.
+//!
+//! The map is taken only if it is this store's and does not lead the log; otherwise it is rebuilt.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::log::commit::{Log, LogConfig, Resume};
+use crate::log::keys::Keys;
+use crate::log::record::{Record, RecordType};
+use crate::log::scan::{Event, Scan, Scanned};
+use crate::log::segment::{self, SEGMENT_MAX, SEGMENT_MIN};
+use crate::log::superblock::{Superblock, SuperblockFile};
+use crate::map::{Applied, ExtentMap};
+use crate::sys::disk::{Dir, Identity, Open};
+use crate::units::{Lsn, Place, Uuid};
+use crate::volume::catalog::{Catalog, Trust, VolumeEntry};
+use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
+use crate::volume::reclaim;
+use crate::volume::shared::{Point, Shared, Vol, VolState, compare, lock, to_publish};
+use crate::volume::space::{Waiting, apply_marks};
+
+const LOG_DIR: &str = "log";
+/// Newest segments whose content is made durable before it is read.
+const SYNCED_AT_OPEN: usize = 4;
+
+/// Makes an empty store in a directory.
+///
+/// # Errors
+/// `Exists` if there is a store, `Invalid` for a bad setting, the system's errors.
+pub fn create(env: &Environment, settings: &Settings) -> Result<()> {
+    if !(SEGMENT_MIN..=SEGMENT_MAX).contains(&settings.segment_bytes) {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!("a segment has {SEGMENT_MIN} to {SEGMENT_MAX} bytes"),
+        ));
+    }
+    let random = || env.clock.random().context(|| "no random bytes for a store");
+    let mut secret = [0; 32];
+    secret[..16].copy_from_slice(&random()?);
+    secret[16..].copy_from_slice(&random()?);
+    let superblock = Superblock {
+        compat: 0,
+        incompat: 0,
+        store: Uuid::from_random(random()?),
+        secret,
+        segment_bytes: settings.segment_bytes,
+        created_ns: env.clock.now_ns(),
+        sequence: 0,
+        open: false,
+        invalid: Vec::new(),
+    };
+    env.dir
+        .subdir(LOG_DIR, true)
+        .context(|| "cannot create the store's log directory")?;
+    // The superblock comes last: a directory with one is a store.
+    SuperblockFile::create(env.dir.as_ref(), superblock)?;
+    env.dir.sync().context(|| "cannot sync the store directory")
+}
+
+/// Opens a store and recovers it.
+///
+/// # Errors
+/// `NotFound` if there is no store, `Unsupported` if it is newer, `Damaged`, `NoSpace`, `Io`.
+pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
+    let superblock = SuperblockFile::open(env.dir.as_ref())?;
+    let facts = superblock.current().clone();
+    let keys = Keys::derive(&facts.secret, facts.store);
+    let dir = env
+        .dir
+        .subdir(LOG_DIR, true)
+        .context(|| "cannot open the store's log directory")?;
+    sync_log(dir.as_ref())?;
+
+    let mut replay = recover_log(&env, &settings, dir.as_ref(), &keys, facts.store)?;
+    for number in replay.scanned.abandoned.drain(..) {
+        dir.remove(&segment::file_name(number))
+            .context(|| format!("cannot remove the unfinished segment {number}"))?;
+    }
+    dir.sync().context(|| "cannot sync the log directory")?;
+    cut_closed(dir.as_ref(), &replay.scanned)?;
+
+    let config = LogConfig {
+        dir,
+        store: facts.store,
+        keys,
+        segment_bytes: facts.segment_bytes,
+        clock: Arc::clone(&env.clock),
+    };
+    let resume = Resume {
+        tail: replay.scanned.tail,
+        previous: std::mem::take(&mut replay.scanned.previous),
+        number_max: replay.scanned.number_max,
+    };
+    let settings = Settings {
+        segment_bytes: facts.segment_bytes,
+        ..settings
+    };
+    let shared = Arc::new(Shared {
+        settings,
+        store: facts.store,
+        log: Log::resume(config, resume),
+        map: replay.map,
+        structure: Mutex::new(()),
+        superblock: Mutex::new(superblock),
+        catalog: Mutex::new(replay.catalog.clone()),
+        volumes: RwLock::default(),
+        closed: AtomicBool::new(false),
+        checkpointed: Mutex::new((replay.applied_segment, 0)),
+        reclaim_due: Mutex::default(),
+        segments_due: AtomicBool::new(true),
+        idle_lsn: AtomicU64::new(0),
+        maintaining: Mutex::new(()),
+        waiting: Waiting::default(),
+        failure_watch: Mutex::new(None),
+        env,
+    });
+    for id in shared.map.volumes() {
+        // Removed, and its records came back with the replay.
+        if !replay.catalog.volumes.contains_key(&id.0) {
+            shared.map.forget_volume(id)?;
+        }
+    }
+    let clean = replay.catalog.clean && !facts.open;
+    mark_open(&shared, true)?;
+    for (&id, entry) in &replay.catalog.volumes {
+        let vol = open_volume(&shared, id, entry, clean)?;
+        insert_volume(&shared, vol);
+    }
+    apply_marks(&shared);
+    if !shared.has_ballast() {
+        shared.log.set_keep_free(shared.settings.ballast_bytes);
+    }
+    // Ends the old log and begins the new one, durably, before anything is served.
+    match shared.append_records(Vec::new()) {
+        Err(e) if e.kind() == Kind::NoSpace => {
+            tracing::error!(
+                "the store's disk is full, nothing can be preserved: {}",
+                e.chain()
+            );
+        }
+        done => drop(done?),
+    }
+    note_losses(&shared, &replay.lost)?;
+    if let Err(e) = shared.adopt_marks() {
+        tracing::warn!("marks of failure stay in the superblock: {}", e.chain());
+    }
+    for &id in replay.catalog.volumes.keys() {
+        // A deletion just before the stop may not have been followed by its reclaim.
+        shared.mark_reclaim(id);
+    }
+    if replay.rebuilt
+        && let Err(e) = reclaim::checkpoint(&shared)
+    {
+        // The map is complete in memory; the next checkpoint tries again.
+        tracing::warn!("the rebuilt map is not yet durable: {}", e.chain());
+    }
+    Ok(shared)
+}
+
+/// Notes in the superblock, which always has room, whether the store is open.
+fn mark_open(shared: &Shared, open: bool) -> Result<()> {
+    let mut superblock = lock(&shared.superblock);
+    let next = superblock.current().clone();
+    superblock.update(Superblock { open, ..next })
+}
+
+/// Puts a volume among the served ones.
+pub fn insert_volume(shared: &Shared, vol: Arc<Vol>) {
+    let mut volumes = shared
+        .volumes
+        .write()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    volumes.insert(vol.id, vol);
+}
+
+/// A killed predecessor's bytes may only be in the page cache: what is read below must not vanish
+/// with a power cut after it was acted upon.
+fn sync_log(dir: &dyn Dir) -> Result<()> {
+    let context = || "cannot make the log durable";
+    let names = dir.list().context(context)?;
+    let mut numbers: Vec<u32> = names.iter().filter_map(|n| segment::number(n)).collect();
+    numbers.sort_unstable();
+    // Older segments were made durable batch by batch, and nothing goes into them after a roll. The
+    // newest files may be creations cut short, so more than the last one are taken.
+    for number in numbers.into_iter().rev().take(SYNCED_AT_OPEN) {
+        let disk = dir
+            .open(&segment::file_name(number), Open::Write)
+            .context(context)?;
+        disk.sync_data().context(context)?;
+    }
+    dir.sync().context(context)
+}
+
+struct Replay {
+    map: ExtentMap,
+    catalog: Catalog,
+    scanned: Scanned,
+    lost: Vec<Lost>,
+    rebuilt: bool,
+    applied_segment: u32,
+}
+
+/// Batches that cannot be read any more, and who was there when they were written.
+struct Lost {
+    first: Lsn,
+    last: Lsn,
+    /// (volume, first epoch, last epoch) of the snapshots that existed then.
+    snapshots: Vec<(u32, u64, u64)>,
+}
+
+fn recover_log(
+    env: &Environment,
+    settings: &Settings,
+    dir: &dyn Dir,
+    keys: &Keys,
+    store: Uuid,
+) -> Result<Replay> {
+    match open_map(env, settings, store) {
+        Ok((map, Some(applied))) => match replay(dir, keys, store, settings, map, Some(applied)) {
+            Ok(Some(replay)) => return Ok(replay),
+            Ok(None) => tracing::warn!("the extent map does not fit the log; rebuilding it"),
+            Err(e) => return Err(e),
+        },
+        Ok((map, None)) => {
+            // An empty map: a new store, or one whose map was removed.
+            let replayed = replay(dir, keys, store, settings, map, None)?;
+            return replayed.ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"));
+        }
+        Err(e) if e.kind() == Kind::Damaged => {
+            tracing::warn!(
+                "the extent map cannot be used; rebuilding it: {}",
+                e.chain()
+            );
+        }
+        // A full disk or a lack of descriptors says nothing against the map.
+        Err(e) => return Err(e),
+    }
+    env.index.set_aside()?;
+    let (map, _) = open_map(env, settings, store)?;
+    replay(dir, keys, store, settings, map, None)?
+        .ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"))
+}
+
+fn open_map(
+    env: &Environment,
+    settings: &Settings,
+    store: Uuid,
+) -> Result<(ExtentMap, Option<Applied>)> {
+    let map = ExtentMap::open(env.index.open()?, settings.map_cache_bytes)?;
+    let applied = map.applied();
+    if applied.is_some_and(|a| a.store != store) {
+        return Err(Error::new(
+            Kind::Damaged,
+            "the extent map belongs to another store",
+        ));
+    }
+    Ok((map, applied))
+}
+
+/// Scans the log from where the map ends; `None` if the two do not fit together.
+fn replay(
+    dir: &dyn Dir,
+    keys: &Keys,
+    store: Uuid,
+    settings: &Settings,
+    map: ExtentMap,
+    applied: Option<Applied>,
+) -> Result<Option<Replay>> {
+    let from_segment = applied.map_or(0, |a| a.segment);
+    let applied_lsn = applied.map_or(Lsn(0), |a| a.lsn);
+    let scan = Scan {
+        dir,
+        keys,
+        store,
+        from_segment,
+    };
+    let mut catalog = Catalog::default();
+    // Every segment begins with a CATALOG. Before one was read, records have nothing to apply to.
+    let mut have_catalog = false;
+    let mut lost = Vec::new();
+    let (mut scanned_segment, mut adjoins) = (u32::MAX, false);
+    let scanned = scan.run(&mut |event| match event {
+        Event::Batch {
+            lsn,
+            place,
+            end,
+            records,
+            ..
+        } => {
+            for record in records {
+                if record.kind == RecordType::Catalog {
+                    match read_catalog(dir, keys, record, place)? {
+                        Some(read) => {
+                            catalog = read;
+                            have_catalog = true;
+                        }
+                        // The one before, with what was applied since, is as good, if no segment
+                        // between the two is gone.
+                        None if adjoins => {}
+                        None => have_catalog = false,
+                    }
+                } else if have_catalog {
+                    catalog.apply(record)?;
+                }
+            }
+            if lsn > applied_lsn {
+                map.publish(
+                    records
+                        .iter()
+                        .filter_map(|r| to_publish(r, place))
+                        .collect(),
+                );
+                // Not once something was found lost: recovery must find it again until it is noted.
+                if lost.is_empty() && map.pending() > settings.map_cache_bytes {
+                    let segment = place.segment;
+                    map.checkpoint(Applied {
+                        store,
+                        lsn,
+                        segment,
+                        offset: end,
+                    })?;
+                }
+            }
+            Ok(())
+        }
+        Event::Segment { number, before } => {
+            adjoins = before == scanned_segment;
+            scanned_segment = number;
+            Ok(())
+        }
+        Event::Lost {
+            first,
+            last,
+            segment,
+            bytes,
+        } => {
+            tracing::error!(
+                ?first,
+                ?last,
+                segment,
+                ?bytes,
+                "batches of the log are damaged"
+            );
+            let snapshots = catalog
+                .volumes
+                .iter()
+                .filter_map(|(&id, v)| {
+                    let first = v.snapshots.keys().next()?;
+                    Some((id, *first, *v.snapshots.keys().next_back()?))
+                })
+                .collect();
+            lost.push(Lost {
+                first,
+                last,
+                snapshots,
+            });
+            Ok(())
+        }
+    })?;
+    let leads = applied_lsn.0 > scanned.tail.lsn;
+    if leads || (!have_catalog && scanned.number_max > 0) {
+        return Ok(None);
+    }
+    let rebuilt = applied.is_none() && scanned.tail.lsn > 0;
+    let applied_segment = from_segment;
+    Ok(Some(Replay {
+        map,
+        catalog,
+        scanned,
+        lost,
+        rebuilt,
+        applied_segment,
+    }))
+}
+
+/// The catalogue in a CATALOG's payload; `None` if it is damaged (an older one then stands, and what
+/// followed it was applied).
+fn read_catalog(
+    dir: &dyn Dir,
+    keys: &Keys,
+    record: &Record,
+    batch: Place,
+) -> Result<Option<Catalog>> {
+    let place = record.place(batch);
+    let disk = dir
+        .open(&segment::file_name(place.segment), Open::Read)
+        .context(|| format!("cannot open segment {}", place.segment))?;
+    let mut payload = vec![0; record.payload.len as usize];
+    disk.read_exact_at(place.offset(), &mut payload)
+        .context(|| "cannot read a catalogue")?;
+    if keys.payload_sums(&payload, record.unit()) != record.body {
+        tracing::error!(
+            ?place,
+            "a catalogue in the log is damaged; an older one is used"
+        );
+        return Ok(None);
+    }
+    Catalog::decode(&payload).map(Some)
+}
+
+/// Gives back what was written ahead, also in the last segment: nothing more goes into it, and on a
+/// full disk its successor needs the space.
+fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
+    let last = (scanned.tail.segment, scanned.tail.end);
+    for &(number, end) in scanned
+        .closed
+        .iter()
+        .chain([&last])
+        .filter(|(number, _)| *number > 0)
+    {
+        let context = || format!("cannot cut segment {number} to its end");
+        let disk = dir
+            .open(&segment::file_name(number), Open::Write)
+            .context(context)?;
+        if disk.size().context(context)? > end {
+            disk.set_size(end).context(context)?;
+        }
+        if number == last.0 {
+            // A torn batch behind the end must be gone before anything is served, also if the disk
+            // is too full for the new segment whose head would say so.
+            disk.sync_data().context(context)?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens a volume's source and compares it with what was left.
+fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Result<Arc<Vol>> {
+    let opened = shared.env.sources.open(&entry.source);
+    let vol = Vol::new(id, entry, opened.as_ref().ok().cloned());
+    let mut state = vol.state();
+    for (&epoch, snap) in &entry.snapshots {
+        match &snap.state {
+            SnapshotState::Active => drop(state.points.insert(epoch, Point::Listed)),
+            SnapshotState::Failed(why) => drop(state.failed.insert(epoch, why.clone())),
+        }
+    }
+    vol.refresh(&shared.map, &mut state);
+    let now = shared.env.clock.now_ns();
+    if !clean {
+        // An unclean stop counts as a change.
+        state.note_change(now);
+    }
+    match opened {
+        Err(e) => {
+            tracing::error!("volume {}: {}", entry.name, e.chain());
+            state.health = VolumeState::Missing(e.chain());
+            if !clean && state.trust == Trust::Known {
+                state.trust = Trust::Unverified;
+            }
+        }
+        Ok(source) => {
+            let found = source
+                .identity()
+                .context(|| format!("cannot stat {}", entry.source))?;
+            judge(&mut state, entry, &found, clean, now);
+            if entry.snapshots.is_empty() {
+                // Nothing depends on what it was: from here on it is this one.
+                if let Some(known) = lock(&shared.catalog).volumes.get_mut(&id) {
+                    known.identity = found;
+                }
+            }
+            // What a killed predecessor left in the page cache is made durable, and what a failed sync
+            // left there is forgotten, so that what is read is what the medium has.
+            let forget = || if clean { Ok(()) } else { source.drop_cache() };
+            if let Err(e) = source.sync_data().and_then(|()| forget()) {
+                tracing::error!("volume {}: cannot sync the source: {e}", entry.name);
+                if matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
+                    state.health = VolumeState::Suspect(e.to_string());
+                }
+            }
+        }
+    }
+    drop(state);
+    Ok(Arc::new(vol))
+}
+
+/// Sets a volume's state from what its source was and is.
+fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: bool, now: i64) {
+    // A device has no change time to compare.
+    let comparable = clean && entry.identity.ctime_ns != 0;
+    let same = compare(&entry.identity, found, comparable);
+    if entry.snapshots.is_empty() && found.size == entry.size {
+        // Nothing depends on the old content; but a backup that compares times has to see it.
+        if same.is_err() || !comparable {
+            state.note_change(now);
+        }
+        state.trust = Trust::Known;
+        state.health = VolumeState::Active;
+        return;
+    }
+    if let Err(why) = same {
+        tracing::error!(
+            "volume {}: the source is not as it was left: {why}",
+            entry.name
+        );
+        state.health = VolumeState::Changed(why);
+        state.trust = Trust::Changed;
+    } else if !comparable && state.health == VolumeState::Active {
+        state.note_change(now);
+        state.health = VolumeState::Unverified;
+        state.trust = Trust::Unverified;
+    }
+}
+
+/// Lost records may have preserved anything: every snapshot that existed then fails.
+fn note_losses(shared: &Shared, lost: &[Lost]) -> Result<()> {
+    for loss in lost {
+        let why = format!(
+            "log batches {} to {} are damaged",
+            loss.first.0, loss.last.0
+        );
+        for &(volume, first, last) in &loss.snapshots {
+            if let Some(vol) = shared.vol(volume) {
+                shared.fail_snapshots(&vol, first, last, &why)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Clean stop; see [`crate::volume::Engine::close`].
+///
+/// # Errors
+/// The first error; the store is then unclean, nothing is lost.
+pub fn close(shared: &Shared) -> Result<()> {
+    let _structure = lock(&shared.structure);
+    if shared.closed.load(Ordering::Acquire) {
+        return Ok(());
+    }
+    reclaim::drain(shared);
+    let _maintaining = lock(&shared.maintaining);
+    let vols: Vec<Arc<Vol>> = {
+        let volumes = shared
+            .volumes
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        volumes.values().cloned().collect()
+    };
+    for vol in vols.iter().filter(|v| v.source.is_some()) {
+        crate::volume::live::flush(vol)?;
+    }
+    let catalog = shared.current_catalog(true).encode();
+    let entry = || {
+        shared
+            .log
+            .document(RecordType::Catalog, 0, 0, catalog.clone())
+    };
+    match shared.append(vec![entry()]) {
+        Err(e) if e.kind() == Kind::NoSpace && shared.release_ballast() => {
+            shared.append(vec![entry()])?;
+        }
+        done => drop(done?),
+    }
+    shared.log.seal(shared)?;
+    reclaim::checkpoint(shared)?;
+    mark_open(shared, false)
+}

@@ -1,0 +1,325 @@
+//! What happens when the thin target is full.
+//!
+//! Three stores of space keep a full store usable: the log's reserve, which preserved content never
+//! takes; the *ballast*, a file of real blocks that is given up when a deletion, a mark of failure, a
+//! new snapshot or the map needs room; and the superblock, where marks of failure always fit. The
+//! ballast comes back by itself when there is space again.
+//!
+//! A writer whose old content cannot be preserved waits for reclaim as long as its volume says, and
+//! longer while something is being reclaimed. Then the volume's policy decides: the writer gets the
+//! error and nothing has changed, or every snapshot that needed the content is durably marked failed
+//! *before* the overwrite. A snapshot that failed stays failed.
+
+use std::ops::Range;
+use std::sync::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::log::superblock::{InvalidMark, MARKS_MAX};
+use crate::sys::disk::Open;
+use crate::volume::catalog::invalidate_record;
+use crate::volume::facts::{OnFull, SnapshotState};
+use crate::volume::shared::{Shared, Vol, lock};
+
+const BALLAST: &str = "ballast";
+/// The ballast is made only while this many times its size is free.
+const BALLAST_MARGIN: u64 = 4;
+/// How often a waiting writer looks again, whoever wakes it.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Wakes writers that wait for space.
+#[derive(Default)]
+pub struct Waiting {
+    turn: Mutex<()>,
+    freed: Condvar,
+}
+
+/// Told the inode number of each snapshot that fails.
+pub type FailureWatch = Box<dyn Fn(u64) + Send + Sync>;
+
+impl Shared {
+    /// Whether the ballast is there.
+    pub fn has_ballast(&self) -> bool {
+        self.env.dir.open(BALLAST, Open::Read).is_ok()
+    }
+
+    /// Gives up the ballast; returns whether there was any.
+    pub fn release_ballast(&self) -> bool {
+        let removed = self
+            .env
+            .dir
+            .remove(BALLAST)
+            .and_then(|()| self.env.dir.sync());
+        if removed.is_ok() {
+            tracing::warn!("the store's disk is full: its ballast is given up");
+            // What it made free is not for preserved content.
+            self.log.set_keep_free(self.settings.ballast_bytes);
+        }
+        removed.is_ok()
+    }
+
+    /// Makes the ballast again when there is space for it. Best effort.
+    pub fn restore_ballast(&self) {
+        let bytes = self.settings.ballast_bytes;
+        let Ok(space) = self.env.dir.space() else {
+            return;
+        };
+        if bytes == 0 || space.available < bytes * BALLAST_MARGIN {
+            return;
+        }
+        match make_ballast(self, bytes) {
+            Ok(()) => self.log.set_keep_free(0),
+            Err(e) => tracing::debug!("no ballast: {}", e.chain()),
+        }
+    }
+
+    /// Makes room for the map: sled does not survive a full disk, so it is not asked to.
+    ///
+    /// # Errors
+    /// `NoSpace` if there is too little, also without the ballast.
+    pub fn room_for_checkpoint(&self) -> Result<()> {
+        const LEAST: u64 = 1 << 20;
+        const MOST: u64 = 4 << 20;
+        let needed = LEAST + (self.map.pending() as u64).min(MOST);
+        let enough = |shared: &Shared| {
+            shared
+                .env
+                .dir
+                .space()
+                .map_or(true, |space| space.available >= needed)
+        };
+        if enough(self) || self.release_ballast() && enough(self) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::NoSpace,
+            "too little space for a checkpoint of the extent map",
+        ))
+    }
+
+    /// Whether reclaim has something to do, so that space may come back.
+    fn reclaimable(&self) -> bool {
+        !lock(&self.reclaim_due).is_empty()
+    }
+
+    /// Wakes writers that wait for space.
+    pub fn space_freed(&self) {
+        self.waiting.freed.notify_all();
+    }
+
+    fn wait_a_little(&self) {
+        let waiting = lock(&self.waiting.turn);
+        // Woken or not, the writer looks again.
+        drop(self.waiting.freed.wait_timeout(waiting, LOOK_AGAIN));
+    }
+
+    /// Waits until space may have come back; returns false when the volume's patience is over.
+    ///
+    /// `since` is when the writer was first refused.
+    pub fn wait_for_space(&self, vol: &Vol, since: Instant) -> bool {
+        let patience = Duration::from_secs(u64::from(self.options_of(vol).on_full_wait_s));
+        if self.reclaimable() {
+            // Space that can be given back is, before anybody is refused.
+            match crate::volume::reclaim::maintain(self) {
+                Ok(_) => return true,
+                Err(e) => tracing::debug!("reclaim for a waiting writer: {}", e.chain()),
+            }
+        }
+        if since.elapsed() >= patience {
+            return false;
+        }
+        self.wait_a_little();
+        true
+    }
+
+    fn options_of(&self, vol: &Vol) -> crate::volume::facts::VolumeOptions {
+        let catalog = lock(&self.catalog);
+        catalog
+            .volumes
+            .get(&vol.id)
+            .map(|v| v.options)
+            .unwrap_or_default()
+    }
+
+    /// The volume's policy after the wait: `Err` gives the writer the error; `Ok` means that every
+    /// snapshot which needed these grains is durably failed, and the write may go on.
+    ///
+    /// # Errors
+    /// `NoSpace` under `fail-write`; under `fail-snapshot` only if not even the mark can be written.
+    pub fn on_full(&self, vol: &Vol, grains: Range<u64>, full: Error) -> Result<()> {
+        match self.options_of(vol).on_full {
+            OnFull::FailWrite => Err(full),
+            OnFull::FailSnapshot => {
+                // No snapshot is half taken while this is held: the mark covers whole ones only.
+                let _structure = lock(&self.structure);
+                self.check_open()?;
+                let after = self.map.oldest_preserved(vol.id(), grains);
+                let first = after.map_or(0, |epoch| epoch.0 + 1);
+                let last = vol.state().epoch;
+                self.fail_snapshots(vol, first, last, "the thin target was full")
+            }
+        }
+    }
+
+    /// Marks the snapshots with epochs in `first..=last` failed; durable when it returns, before the
+    /// caller overwrites anything they need. The caller holds `structure`.
+    ///
+    /// # Errors
+    /// If neither the log nor the superblock takes the mark: then nothing has changed.
+    pub fn fail_snapshots(&self, vol: &Vol, first: u64, last: u64, why: &str) -> Result<()> {
+        let record = invalidate_record(vol.id, first, last, why);
+        if let Err(e) = self.append_records(vec![record]) {
+            tracing::error!("the log does not take a mark of failure: {}", e.chain());
+            self.mark_in_superblock(InvalidMark {
+                volume: vol.id,
+                first,
+                last,
+            })?;
+            let mut catalog = lock(&self.catalog);
+            if let Some(entry) = catalog.volumes.get_mut(&vol.id) {
+                for (_, snap) in entry.snapshots.range_mut(first..=last) {
+                    snap.state = SnapshotState::Failed(why.to_owned());
+                }
+            }
+        }
+        self.drop_failed_points(vol, first..=last, why);
+        Ok(())
+    }
+
+    fn mark_in_superblock(&self, mark: InvalidMark) -> Result<()> {
+        let mut superblock = lock(&self.superblock);
+        let mut next = superblock.current().clone();
+        match next.invalid.iter_mut().find(|m| m.volume == mark.volume) {
+            // With little room left, one mark a volume covers what lies between, too.
+            Some(known) if next_is_full(superblock.current().invalid.len()) => {
+                known.first = known.first.min(mark.first);
+                known.last = known.last.max(mark.last);
+            }
+            _ if next_is_full(superblock.current().invalid.len()) => {
+                let why = "the superblock has no room for another mark of failure";
+                return Err(Error::new(Kind::NoSpace, why));
+            }
+            _ => next.invalid.push(mark),
+        }
+        superblock.update(next)
+    }
+
+    /// The points that failed need nothing any more; readers and listings are told.
+    fn drop_failed_points(&self, vol: &Vol, epochs: std::ops::RangeInclusive<u64>, why: &str) {
+        let mut inos = Vec::new();
+        {
+            let catalog = lock(&self.catalog);
+            if let Some(entry) = catalog.volumes.get(&vol.id) {
+                inos.extend(
+                    entry
+                        .snapshots
+                        .range(epochs.clone())
+                        .map(|(_, snap)| snap.ino),
+                );
+            }
+        }
+        let mut state = vol.state();
+        let gone: Vec<u64> = state
+            .points
+            .range(epochs)
+            .map(|(&epoch, _)| epoch)
+            .collect();
+        for epoch in gone {
+            state.points.remove(&epoch);
+            state.failed.insert(epoch, why.to_owned());
+        }
+        vol.refresh(&self.map, &mut state);
+        drop(state);
+        self.mark_reclaim(vol.id);
+        tracing::error!(
+            volume = vol.id,
+            "{} snapshots have failed: {why}",
+            inos.len()
+        );
+        if let Some(watch) = &*lock(&self.failure_watch) {
+            inos.into_iter().for_each(watch);
+        }
+    }
+
+    /// Moves marks of failure from the superblock into the log, where they count like any record.
+    ///
+    /// # Errors
+    /// As an append; the marks stay where they are.
+    pub fn adopt_marks(&self) -> Result<()> {
+        let marks = lock(&self.superblock).current().invalid.clone();
+        if marks.is_empty() {
+            return Ok(());
+        }
+        let record = |m: &InvalidMark| {
+            invalidate_record(m.volume, m.first, m.last, "the thin target was full")
+        };
+        self.append_records(marks.iter().map(record).collect())?;
+        let mut superblock = lock(&self.superblock);
+        let mut next = superblock.current().clone();
+        next.invalid.retain(|mark| !marks.contains(mark));
+        superblock.update(next)
+    }
+}
+
+fn next_is_full(marks: usize) -> bool {
+    marks + 1 >= MARKS_MAX
+}
+
+/// Writes the ballast, if it is not there: bytes that no filesystem can compress away.
+fn make_ballast(shared: &Shared, bytes: u64) -> Result<()> {
+    let context = || "cannot make the store's ballast";
+    let disk = match shared.env.dir.open(BALLAST, Open::Create) {
+        Ok(disk) => disk,
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+            let known = shared.env.dir.open(BALLAST, Open::Read).context(context)?;
+            if known.size().context(context)? >= bytes {
+                return Ok(());
+            }
+            // Cut short in the making; the next round makes it anew.
+            return shared.env.dir.remove(BALLAST).context(context);
+        }
+        Err(e) => return Err(Error::io(context(), e)),
+    };
+    let mut stream = blake3::Hasher::new_derive_key("stillframe 2026-11 ballast")
+        .update(&shared.store.0)
+        .finalize_xof();
+    let mut piece = vec![0; 1 << 20];
+    let mut at = 0;
+    let written = loop {
+        if at >= bytes {
+            break disk.sync_data().and_then(|()| shared.env.dir.sync());
+        }
+        stream.fill(&mut piece);
+        let len = (bytes - at).min(piece.len() as u64);
+        if let Err(e) = disk.write_all_at(at, &[&piece[..len as usize]]) {
+            break Err(e);
+        }
+        at += len;
+    };
+    if written.is_err() {
+        // A part of it is worth nothing, and whoever filled the disk may need the space.
+        let _ = shared.env.dir.remove(BALLAST);
+    }
+    written.context(context)
+}
+
+/// What recovery does about marks of failure: they count before anything is served.
+pub fn apply_marks(shared: &Shared) {
+    let marks = lock(&shared.superblock).current().invalid.clone();
+    for mark in marks {
+        let mut catalog = lock(&shared.catalog);
+        if let Some(entry) = catalog.volumes.get_mut(&mark.volume)
+            && mark.first <= mark.last
+        {
+            for (_, snap) in entry.snapshots.range_mut(mark.first..=mark.last) {
+                if snap.state == SnapshotState::Active {
+                    snap.state = SnapshotState::Failed("the thin target was full".into());
+                }
+            }
+        }
+        drop(catalog);
+        if let Some(vol) = shared.vol(mark.volume) {
+            shared.drop_failed_points(&vol, mark.first..=mark.last, "the thin target was full");
+        }
+    }
+}
