@@ -10,8 +10,11 @@
 //! Start reading at [`volume`]: it promises what a snapshot is and when it is durable.
 
 pub mod error;
+pub mod fuse;
+pub mod image;
 pub mod log;
 pub mod map;
 pub mod sys;
+pub mod tree;
 pub mod units;
 pub mod volume;

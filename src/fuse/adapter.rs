@@ -1,0 +1,565 @@
+//! Requests in, replies out: every method translates, calls the tree, and answers.
+//!
+//! Whatever may wait for a medium (changing, syncing, the catalogue) goes to the pool with its
+//! payload and its reply; the rest is answered on the event thread. Names of entries are never
+//! cached by the kernel, so what the command line takes or deletes is seen at once; attributes only
+//! where they cannot change.
+//!
+//! A handler that panics answers EIO (its reply is dropped) and nothing else happens.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use crate::fuse::answer::{
+    ENTRY_TTL, MAX_WRITE, attributes, empty, entry, fopen, read_into_reply, xattr,
+};
+use crate::fuse::errno::answer;
+use crate::fuse::pool::{Pool, guarded};
+use crate::fuse::wire;
+use crate::tree::{HandleId, NodeId, Result, SetAttr, Tree, TreeError};
+use crate::units::BLOCK;
+
+/// Background requests (readahead, asynchronous direct I/O) in flight at once.
+const MAX_BACKGROUND: u16 = 64;
+
+/// Longest file name; the kernel checks it too.
+const NAME_BYTES_MAX: u32 = 255;
+
+/// The tree as fuser wants to see it.
+pub(super) struct Adapter {
+    tree: Arc<Tree>,
+    /// For what moves bytes. Taken out when the session ends.
+    pool: Option<Pool>,
+    /// For changes of the catalogue: a disk full of waiting writers must not keep somebody from
+    /// deleting a snapshot.
+    catalogue: Option<Pool>,
+}
+
+impl Adapter {
+    pub fn new(tree: Arc<Tree>, pool: Pool, catalogue: Pool) -> Adapter {
+        Adapter {
+            tree,
+            pool: Some(pool),
+            catalogue: Some(catalogue),
+        }
+    }
+
+    /// Runs a handler on a worker.
+    fn defer(&self, operation: &'static str, handler: impl FnOnce(&Tree) + Send + 'static) {
+        let tree = Arc::clone(&self.tree);
+        let pool = match operation {
+            "create" | "unlink" | "rename" => &self.catalogue,
+            _ => &self.pool,
+        };
+        if let Some(pool) = pool {
+            pool.submit(move || guarded(operation, || handler(&tree)));
+        }
+    }
+
+    /// An operation that only answers whether it worked, on a worker.
+    fn defer_empty(
+        &self,
+        operation: &'static str,
+        node: INodeNo,
+        reply: ReplyEmpty,
+        run: impl FnOnce(&Tree) -> Result<()> + Send + 'static,
+    ) {
+        self.defer(operation, move |tree| {
+            empty(operation, node, run(tree), reply)
+        });
+    }
+
+    /// Answers an operation that is refused on every name.
+    fn refuse_entry(&self, operation: &'static str, parent: INodeNo, reply: ReplyEntry) {
+        guarded(operation, || {
+            let error = self.tree.refuse_name(NodeId(parent.0)).err();
+            reply.error(error.map_or(Errno::EPERM, |e| answer(operation, parent.0, &e)));
+        });
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "the signatures are fuser's")]
+impl Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = [
+            ("ATOMIC_O_TRUNC", InitFlags::FUSE_ATOMIC_O_TRUNC),
+            ("PARALLEL_DIROPS", InitFlags::FUSE_PARALLEL_DIROPS),
+            ("ASYNC_DIO", InitFlags::FUSE_ASYNC_DIO),
+        ];
+        for (name, flag) in wanted {
+            // None is needed to be right: without ATOMIC_O_TRUNC a rewrite is refused (EPERM).
+            if config.add_capabilities(flag).is_err() {
+                tracing::warn!("this kernel does not offer {name}");
+            }
+        }
+        // A refused value leaves fuser's default, which is only slower.
+        let _ = config.set_max_write(MAX_WRITE);
+        let _ = config.set_max_readahead(MAX_WRITE);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.set_congestion_threshold(MAX_BACKGROUND);
+        Ok(())
+    }
+
+    fn destroy(&mut self) {
+        self.pool = None;
+        self.catalogue = None;
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        guarded("lookup", || {
+            let found = self.tree.lookup(NodeId(parent.0), &name.to_string_lossy());
+            entry("lookup", parent, found, reply);
+        });
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        guarded("forget", || self.tree.forget(NodeId(ino.0), nlookup));
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        guarded("getattr", || {
+            attributes("getattr", ino, self.tree.getattr(NodeId(ino.0)), reply);
+        });
+    }
+
+    fn setattr(
+        &self,
+        req: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        guarded("setattr", || {
+            let times = atime.is_some() || mtime.is_some();
+            let set = SetAttr {
+                mode,
+                uid,
+                gid,
+                size,
+                times,
+                caller: req.pid(),
+            };
+            let handle = fh.map(|fh| HandleId(fh.0));
+            let result = self.tree.setattr(NodeId(ino.0), handle, set);
+            attributes("setattr", ino, result, reply);
+        });
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        self.refuse_entry("mknod", parent, reply);
+    }
+
+    fn mkdir(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        self.refuse_entry("mkdir", parent, reply);
+    }
+
+    fn symlink(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        _name: &OsStr,
+        _target: &Path,
+        reply: ReplyEntry,
+    ) {
+        self.refuse_entry("symlink", parent, reply);
+    }
+
+    fn link(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        new_parent: INodeNo,
+        _new_name: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        self.refuse_entry("link", new_parent, reply);
+    }
+
+    fn rmdir(&self, _req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        guarded("rmdir", || {
+            empty(
+                "rmdir",
+                parent,
+                self.tree.refuse_name(NodeId(parent.0)),
+                reply,
+            );
+        });
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let name = name.to_string_lossy().into_owned();
+        self.defer_empty("unlink", parent, reply, move |tree| {
+            tree.unlink(NodeId(parent.0), &name)
+        });
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let name = name.to_string_lossy().into_owned();
+        let new_name = new_name.to_string_lossy().into_owned();
+        let mode = wire::rename_mode(flags);
+        self.defer_empty("rename", parent, reply, move |tree| {
+            tree.rename(
+                NodeId(parent.0),
+                &name,
+                NodeId(new_parent.0),
+                &new_name,
+                mode,
+            )
+        });
+    }
+
+    fn create(
+        &self,
+        req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let name = name.to_string_lossy().into_owned();
+        let caller = req.pid();
+        self.defer("create", move |tree| {
+            match tree.create(NodeId(parent.0), &name, caller) {
+                // One time to live for name and attributes alike: the name's.
+                Ok((attr, opened)) => reply.created(
+                    &ENTRY_TTL,
+                    &wire::file_attr(&attr),
+                    Generation(0),
+                    FileHandle(opened.handle.0),
+                    fopen(opened),
+                ),
+                Err(e) => reply.error(answer("create", parent.0, &e)),
+            }
+        });
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        guarded("open", || {
+            match self.tree.open(NodeId(ino.0), wire::open_flags(flags)) {
+                Ok(opened) => reply.opened(FileHandle(opened.handle.0), fopen(opened)),
+                Err(e) => reply.error(answer("open", ino.0, &e)),
+            }
+        });
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        guarded("read", || {
+            read_into_reply(&self.tree, ino, fh, offset, size, reply)
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let data = data.to_vec();
+        let durable = wire::is_durable_write(flags);
+        self.defer("write", move |tree| {
+            match tree.write(HandleId(fh.0), offset, &data, durable) {
+                // A request holds at most MAX_WRITE bytes, so its length fits.
+                Ok(len) => reply.written(len as u32),
+                Err(e) => reply.error(answer("write", ino.0, &e)),
+            }
+        });
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.defer_empty("flush", ino, reply, move |tree| tree.flush(HandleId(fh.0)));
+    }
+
+    fn fsync(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.defer_empty("fsync", ino, reply, move |tree| tree.fsync(HandleId(fh.0)));
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.defer_empty("release", ino, reply, move |tree| {
+            tree.release(HandleId(fh.0))
+        });
+    }
+
+    fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        guarded("opendir", || match self.tree.opendir(NodeId(ino.0)) {
+            Ok(handle) => reply.opened(FileHandle(handle.0), FopenFlags::empty()),
+            Err(e) => reply.error(answer("opendir", ino.0, &e)),
+        });
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        guarded("readdir", || {
+            let listed = self.tree.readdir(HandleId(fh.0), offset, |e| {
+                reply.add(
+                    INodeNo(e.node.0),
+                    e.cookie,
+                    wire::file_type(e.kind),
+                    &e.name,
+                )
+            });
+            match listed {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(answer("readdir", ino.0, &e)),
+            }
+        });
+    }
+
+    fn releasedir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        guarded("releasedir", || {
+            empty("releasedir", ino, self.tree.release(HandleId(fh.0)), reply);
+        });
+    }
+
+    /// Every change of a directory is durable when it is answered.
+    fn fsyncdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        guarded("statfs", || match self.tree.statfs() {
+            Ok(space) => {
+                let free = space.available / BLOCK;
+                let blocks = space.total / BLOCK;
+                let size = BLOCK as u32;
+                reply.statfs(blocks, free, free, 0, 0, size, NAME_BYTES_MAX, size);
+            }
+            Err(e) => reply.error(answer("statfs", ino.0, &e)),
+        });
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        guarded("setxattr", || {
+            empty(
+                "setxattr",
+                ino,
+                self.tree.refuse_xattr(&name.to_string_lossy()),
+                reply,
+            );
+        });
+    }
+
+    fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        guarded("removexattr", || {
+            empty(
+                "removexattr",
+                ino,
+                self.tree.refuse_xattr(&name.to_string_lossy()),
+                reply,
+            );
+        });
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        guarded("getxattr", || {
+            let value = self.tree.getxattr(NodeId(ino.0), &name.to_string_lossy());
+            xattr("getxattr", ino, size, value, reply);
+        });
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        guarded("listxattr", || {
+            xattr(
+                "listxattr",
+                ino,
+                size,
+                self.tree.listxattr(NodeId(ino.0)),
+                reply,
+            );
+        });
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        match wire::space_change(mode) {
+            Some(change) => self.defer_empty("fallocate", ino, reply, move |tree| {
+                tree.allocate(HandleId(fh.0), offset, length, change)
+            }),
+            None => reply.error(Errno::EOPNOTSUPP),
+        }
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        guarded("lseek", || {
+            let Some(what) = wire::seek(whence) else {
+                return reply.error(Errno::EINVAL);
+            };
+            // A negative offset is nowhere, like one past the end.
+            let found = u64::try_from(offset)
+                .map_err(|_| TreeError::NoSuchOffset)
+                .and_then(|offset| self.tree.seek(HandleId(fh.0), offset, what));
+            match found {
+                Ok(offset) => reply.offset(offset as i64),
+                Err(e) => reply.error(answer("lseek", ino.0, &e)),
+            }
+        });
+    }
+
+    // ENOSYS tells the kernel to do without, from now on and without asking again.
+
+    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        _ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+}

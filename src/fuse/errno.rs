@@ -1,0 +1,112 @@
+//! Errors to errno, in one place; and the one place that logs what is answered.
+//!
+//! What a caller did wrong, or can act on, is logged at debug level; what an operator must hear of
+//! at error level, with the whole chain.
+
+use fuser::Errno;
+
+use crate::error::Kind;
+use crate::tree::TreeError;
+
+/// EDQUOT of the asm-generic table, which every Linux but the oldest ports uses; fuser has no name
+/// for it.
+const EDQUOT: i32 = 122;
+
+/// The errno of a kind.
+pub(super) fn of_kind(kind: Kind) -> Errno {
+    match kind {
+        Kind::Invalid => Errno::EINVAL,
+        Kind::NotFound => Errno::ENOENT,
+        Kind::Exists => Errno::EEXIST,
+        // Locked speaks of other processes and their stores; nobody who waits helps either.
+        Kind::Busy | Kind::Locked => Errno::EBUSY,
+        // Not EACCES: no mode bit would change the answer.
+        Kind::Permission => Errno::EPERM,
+        Kind::NoSpace => Errno::ENOSPC,
+        // The content cannot be vouched for: never a byte instead.
+        Kind::Damaged | Kind::Failed | Kind::Io => Errno::EIO,
+        Kind::Unsupported => Errno::EOPNOTSUPP,
+        // Not ENOSPC: freeing space does not help.
+        Kind::Limit => Errno::from_i32(EDQUOT),
+        Kind::Interrupted => Errno::EINTR,
+    }
+}
+
+/// The errno of a refusal of the tree.
+pub(super) fn of(error: &TreeError) -> Errno {
+    match error {
+        TreeError::Engine(e) => of_kind(e.kind()),
+        TreeError::ReadOnly => Errno::EROFS,
+        TreeError::IsDirectory => Errno::EISDIR,
+        TreeError::NotDirectory => Errno::ENOTDIR,
+        TreeError::NoAttribute => Errno::NO_XATTR,
+        TreeError::BufferTooSmall => Errno::ERANGE,
+        // As a device answers.
+        TreeError::PastEnd => Errno::ENOSPC,
+        TreeError::NoSuchOffset => Errno::ENXIO,
+        TreeError::BadHandle => Errno::EBADF,
+        TreeError::TooManyOpen => Errno::ENFILE,
+    }
+}
+
+/// Logs a refusal and returns its errno.
+pub(super) fn answer(operation: &'static str, node: u64, error: &TreeError) -> Errno {
+    let serious = match error {
+        TreeError::Engine(e) => match e.kind() {
+            Kind::Damaged | Kind::Failed | Kind::Io | Kind::NoSpace | Kind::Limit => true,
+            Kind::Invalid
+            | Kind::NotFound
+            | Kind::Exists
+            | Kind::Busy
+            | Kind::Locked
+            | Kind::Permission
+            | Kind::Unsupported
+            | Kind::Interrupted => false,
+        },
+        TreeError::TooManyOpen => true,
+        TreeError::ReadOnly
+        | TreeError::IsDirectory
+        | TreeError::NotDirectory
+        | TreeError::NoAttribute
+        | TreeError::BufferTooSmall
+        | TreeError::PastEnd
+        | TreeError::NoSuchOffset
+        | TreeError::BadHandle => false,
+    };
+    if serious {
+        tracing::error!(operation, node, "{}", error.chain());
+    } else {
+        tracing::debug!(operation, node, "{}", error.chain());
+    }
+    of(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn a_kind_decides_the_errno_whatever_the_text() {
+        let table = [
+            (Kind::Invalid, Errno::EINVAL),
+            (Kind::NotFound, Errno::ENOENT),
+            (Kind::Exists, Errno::EEXIST),
+            (Kind::Busy, Errno::EBUSY),
+            (Kind::Locked, Errno::EBUSY),
+            (Kind::Permission, Errno::EPERM),
+            (Kind::NoSpace, Errno::ENOSPC),
+            (Kind::Damaged, Errno::EIO),
+            (Kind::Failed, Errno::EIO),
+            (Kind::Unsupported, Errno::EOPNOTSUPP),
+            (Kind::Interrupted, Errno::EINTR),
+            (Kind::Io, Errno::EIO),
+        ];
+        for (kind, errno) in table {
+            let error = TreeError::Engine(Error::new(kind, "No such file or directory"));
+            assert_eq!(answer("test", 1, &error), errno, "{kind:?}");
+        }
+        let dquot = std::io::Error::from_raw_os_error(EDQUOT);
+        assert_eq!(dquot.kind(), std::io::ErrorKind::QuotaExceeded);
+    }
+}

@@ -1,0 +1,299 @@
+//! The protocol without a kernel: requests as bytes over a socket pair, replies read back.
+
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
+
+use super::*;
+use crate::tree::fixture::{World, world};
+use crate::tree::{CONTROL, ROOT, STATUS_FILE};
+
+const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const MKDIR: u32 = 9;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
+const RELEASE: u32 = 18;
+const FSYNC: u32 = 20;
+const GETXATTR: u32 = 22;
+const FLUSH: u32 = 25;
+const INIT: u32 = 26;
+const CREATE: u32 = 35;
+const DESTROY: u32 = 38;
+
+const ENOENT: i32 = -2;
+const EIO: i32 = -5;
+const EPERM: i32 = -1;
+const EROFS: i32 = -30;
+const ERANGE: i32 = -34;
+const ENOSYS: i32 = -38;
+
+const ATOMIC_O_TRUNC: u32 = 1 << 3;
+const WRITEBACK_CACHE: u32 = 1 << 16;
+const DIRECT_IO: u32 = 1 << 0;
+const KEEP_CACHE: u32 = 1 << 1;
+
+/// The kernel's side.
+struct Kernel {
+    socket: UnixDatagram,
+    unique: u64,
+    handle: SessionHandle,
+    world: World,
+}
+
+fn bytes32(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn request(opcode: u32, unique: u64, node: u64, body: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes32(&[40 + body.len() as u32, opcode]);
+    bytes.extend(unique.to_le_bytes());
+    bytes.extend(node.to_le_bytes());
+    // uid, gid, pid, padding
+    bytes.extend(bytes32(&[0; 4]));
+    bytes.extend(body);
+    bytes
+}
+
+fn init_body(flags: u32) -> Vec<u8> {
+    let mut body = bytes32(&[7, 45, 128 << 10, flags, 0]);
+    body.resize(64, 0);
+    body
+}
+
+/// A session whose INIT is done, with one event thread so that DESTROY ends it; the INIT reply.
+fn session() -> (Kernel, Vec<u8>) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    let world = world();
+    let tree = Arc::clone(&world.tree);
+    ours.send(&request(INIT, 1, 0, &init_body(u32::MAX)))
+        .unwrap();
+    let options = Options {
+        event_threads: 1,
+        workers: 2,
+    };
+    let handle = serve(OwnedFd::from(theirs), tree, options).unwrap();
+    let mut kernel = Kernel {
+        socket: ours,
+        unique: 1,
+        handle,
+        world,
+    };
+    let reply = kernel.receive();
+    (kernel, reply.1)
+}
+
+impl Kernel {
+    fn receive(&mut self) -> (i32, Vec<u8>) {
+        let mut bytes = vec![0; 1 << 20];
+        let len = self.socket.recv(&mut bytes).unwrap();
+        bytes.truncate(len);
+        assert_eq!(u32_at(&bytes, 0) as usize, len, "the length of the reply");
+        assert_eq!(
+            u64_at(&bytes, 8),
+            self.unique,
+            "the reply is to the request"
+        );
+        (u32_at(&bytes, 4) as i32, bytes.split_off(16))
+    }
+
+    fn send(&mut self, opcode: u32, node: u64, body: &[u8]) {
+        self.unique += 2;
+        self.socket
+            .send(&request(opcode, self.unique, node, body))
+            .unwrap();
+    }
+
+    fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> Result<Vec<u8>, i32> {
+        self.send(opcode, node, body);
+        match self.receive() {
+            (0, body) => Ok(body),
+            (errno, body) => {
+                assert!(body.is_empty());
+                Err(errno)
+            }
+        }
+    }
+
+    fn lookup(&mut self, node: u64, name: &str) -> Result<u64, i32> {
+        let entry = self.call(LOOKUP, node, format!("{name}\0").as_bytes())?;
+        assert_eq!(u64_at(&entry, 16), 0, "names are never cached");
+        Ok(u64_at(&entry, 0))
+    }
+
+    fn walk(&mut self, path: &str) -> u64 {
+        path.split('/')
+            .fold(ROOT.0, |node, name| self.lookup(node, name).unwrap())
+    }
+
+    /// Handle and FOPEN flags.
+    fn open(&mut self, node: u64, flags: u32) -> Result<(u64, u32), i32> {
+        let reply = self.call(OPEN, node, &bytes32(&[flags, 0]))?;
+        Ok((u64_at(&reply, 0), u32_at(&reply, 8)))
+    }
+
+    fn read(&mut self, node: u64, fh: u64, offset: u64, size: u32) -> Result<Vec<u8>, i32> {
+        let mut body = fh.to_le_bytes().to_vec();
+        body.extend(offset.to_le_bytes());
+        body.extend(bytes32(&[size, 0, 0, 0, 0, 0]));
+        self.call(READ, node, &body)
+    }
+
+    fn write(&mut self, node: u64, fh: u64, offset: u64, data: &[u8]) -> Result<u32, i32> {
+        let mut body = fh.to_le_bytes().to_vec();
+        body.extend(offset.to_le_bytes());
+        body.extend(bytes32(&[data.len() as u32, 0, 0, 0, 1, 0]));
+        body.extend(data);
+        self.call(WRITE, node, &body).map(|reply| u32_at(&reply, 0))
+    }
+
+    /// FLUSH, FSYNC or RELEASE: a handle and 16 more bytes.
+    fn handle_call(&mut self, opcode: u32, node: u64, fh: u64, more: usize) -> Result<(), i32> {
+        let mut body = fh.to_le_bytes().to_vec();
+        body.resize(8 + more, 0);
+        self.call(opcode, node, &body).map(drop)
+    }
+
+    fn destroy(mut self) {
+        self.call(DESTROY, 0, &[]).unwrap();
+        self.handle.wait().unwrap();
+        assert!(self.handle.is_finished());
+        assert_eq!(
+            self.world.tree.open_handles(),
+            0,
+            "every handle was released"
+        );
+    }
+}
+
+#[test]
+fn init_asks_for_what_we_need_and_never_for_the_write_back_cache() {
+    let (kernel, reply) = session();
+    let flags = u32_at(&reply, 12);
+    assert_eq!(u32_at(&reply, 0), 7);
+    assert_ne!(flags & ATOMIC_O_TRUNC, 0);
+    assert_eq!(flags & WRITEBACK_CACHE, 0);
+    assert_eq!(u32_at(&reply, 20), 1 << 20, "max_write");
+    assert_eq!(u32_at(&reply, 16) & 0xffff, 64, "max_background");
+    kernel.destroy();
+}
+
+#[test]
+fn a_file_is_found_opened_written_synced_and_read() {
+    let (mut k, _) = session();
+    let live = k.walk("vm/live.img");
+    let (fh, flags) = k.open(live, 2).unwrap();
+    assert_eq!(flags & (DIRECT_IO | KEEP_CACHE), DIRECT_IO);
+    assert_eq!(k.write(live, fh, 5000, b"hello"), Ok(5));
+    assert_eq!(k.read(live, fh, 4999, 7).unwrap(), b"\0hello\0");
+    k.handle_call(FSYNC, live, fh, 8).unwrap();
+    k.handle_call(FLUSH, live, fh, 16).unwrap();
+    k.handle_call(RELEASE, live, fh, 16).unwrap();
+    assert_eq!(k.read(live, fh, 0, 1), Err(-9), "EBADF after release");
+    assert_eq!(k.lookup(ROOT.0, "nope"), Err(ENOENT));
+    assert_eq!(k.call(MKDIR, ROOT.0, b"\0\0\0\0\0\0\0\0d\0"), Err(EPERM));
+    k.destroy();
+}
+
+#[test]
+fn create_takes_a_snapshot_that_the_kernel_may_cache() {
+    let (mut k, _) = session();
+    let directory = k.walk("vm/snapshots");
+    let mut body = bytes32(&[0o101, 0o600, 0o22, 0]);
+    body.extend(b"a.img\0");
+    let reply = k.call(CREATE, directory, &body).unwrap();
+    // An entry of 128 bytes, then the handle and its flags.
+    let (node, fh, flags) = (u64_at(&reply, 0), u64_at(&reply, 128), u32_at(&reply, 136));
+    assert_eq!(flags & (DIRECT_IO | KEEP_CACHE), KEEP_CACHE);
+    assert_eq!(k.write(node, fh, 0, b"x"), Err(EROFS));
+    k.handle_call(RELEASE, node, fh, 16).unwrap();
+    assert_eq!(k.lookup(directory, "a.img"), Ok(node));
+    k.destroy();
+}
+
+#[test]
+fn extended_attributes_follow_the_size_protocol() {
+    let (mut k, _) = session();
+    let live = k.walk("vm/live.img");
+    let get = |size: u32| {
+        let mut body = bytes32(&[size, 0]);
+        body.extend(b"user.stillframe.state\0");
+        body
+    };
+    let size = k.call(GETXATTR, live, &get(0)).unwrap();
+    assert_eq!(u32_at(&size, 0), 6);
+    assert_eq!(k.call(GETXATTR, live, &get(5)), Err(ERANGE));
+    assert_eq!(k.call(GETXATTR, live, &get(6)).unwrap(), b"active");
+    k.destroy();
+}
+
+#[test]
+fn a_handler_that_panics_answers_eio_and_the_session_lives_on() {
+    let (mut k, _) = session();
+    k.world.status.panic_next();
+    assert_eq!(k.call(GETATTR, STATUS_FILE.0, &[0; 16]), Err(EIO));
+    assert!(k.call(GETATTR, STATUS_FILE.0, &[0; 16]).is_ok());
+    assert!(k.lookup(CONTROL.0, "status.json").is_ok());
+    k.destroy();
+}
+
+#[test]
+fn malformed_requests_are_answered_and_harm_nothing() {
+    let (mut k, _) = session();
+    // An opcode nobody knows, a body too short, a name without its end.
+    assert_eq!(k.call(4000, ROOT.0, &[]), Err(ENOSYS));
+    assert_eq!(k.call(WRITE, ROOT.0, &[1, 2, 3]), Err(ENOSYS));
+    assert_eq!(k.call(LOOKUP, ROOT.0, b"vm"), Err(ENOSYS));
+    // Nodes and handles that do not exist, offsets and sizes beyond all reason.
+    assert_eq!(k.lookup(999_999, "x"), Err(ENOENT));
+    assert_eq!(k.read(ROOT.0, 77, 0, 4096), Err(-9));
+    let live = k.walk("vm/live.img");
+    let (fh, _) = k.open(live, 2).unwrap();
+    assert_eq!(k.read(live, fh, i64::MAX as u64, 4096), Ok(Vec::new()));
+    assert_eq!(k.read(live, fh, 0, u32::MAX), Err(-22), "EINVAL");
+    assert_eq!(k.write(live, fh, i64::MAX as u64, b"x"), Err(-28), "ENOSPC");
+    // FORGET is never answered.
+    k.send(FORGET, 999_999, &u64::MAX.to_le_bytes());
+    k.handle_call(RELEASE, live, fh, 16).unwrap();
+    k.destroy();
+}
+
+#[test]
+fn a_second_init_is_refused() {
+    let (mut k, _) = session();
+    assert_eq!(k.call(INIT, 0, &init_body(0)), Err(EIO));
+    k.destroy();
+}
+
+#[test]
+fn a_session_that_does_not_begin_with_init_is_an_error_not_a_hang() {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    ours.send(&request(GETATTR, 1, ROOT.0, &[0; 16])).unwrap();
+    let tree = Arc::clone(&world().tree);
+    let error = serve(OwnedFd::from(theirs), tree, Options::default())
+        .err()
+        .unwrap();
+    assert_eq!(error.kind(), Kind::Io);
+}
+
+#[test]
+fn a_forced_unmount_is_a_normal_end() {
+    const ENODEV: i32 = 19;
+    assert_eq!(ended(Ok(())), Ok(()));
+    assert_eq!(ended(Err(ErrorKind::ConnectionAborted.into())), Ok(()));
+    assert_eq!(ended(Err(io::Error::from_raw_os_error(ENODEV))), Ok(()));
+    assert!(ended(Err(ErrorKind::InvalidData.into())).is_err());
+}

@@ -1,0 +1,282 @@
+//! Directory operations: lookup, listing, and the catalogue changes that are file operations.
+//!
+//! Taking a snapshot is CREATE in `snapshots/`, deleting one is UNLINK, renaming one is RENAME. All
+//! three are durable when they return (T1). Everything else that would make, remove or move a name
+//! is refused, so that a stray cp, mv or rsync harms nothing.
+
+use std::sync::{Mutex, PoisonError};
+
+use crate::error::Kind;
+use crate::tree::Tree;
+use crate::tree::handle::{Handle, SnapshotHandle};
+use crate::tree::node::{
+    CONTROL, CONTROL_NAME, LIVE_NAME, Node, ROOT, SNAPSHOTS_NAME, VolumeNode, live_node,
+    snapshots_node, status_entry, volume_directory,
+};
+use crate::tree::types::{
+    Attr, Caching, DirEntry, FileKind, HandleId, NodeId, Opened, RenameMode, Result, StatusFile,
+    TreeError,
+};
+use crate::units::{Name, escape};
+use crate::volume::VolumeInfo;
+
+/// What a snapshot's file name ends with.
+const IMAGE_SUFFIX: &str = ".img";
+
+/// Cookie of `.`; `..` has the next one, every other entry its inode number and this on top, which
+/// is above both.
+const COOKIE_DOT: u64 = 1;
+const COOKIE_BASE: u64 = 2;
+
+impl Tree {
+    /// Finds a name in a directory and counts the answer until it is forgotten.
+    ///
+    /// # Errors
+    /// `NotFound`; `NotDirectory`.
+    pub fn lookup(&self, parent: NodeId, name: &str) -> Result<Attr> {
+        let node = match self.resolve(parent)? {
+            Node::Root if name == CONTROL_NAME => Node::Control,
+            Node::Root => Node::VolumeDirectory(
+                self.volume_node(&Name::new(name).map_err(|_| absent(name))?)?,
+            ),
+            Node::Control => {
+                let named = |file: &StatusFile| status_entry(*file).1 == name;
+                let file = [StatusFile::Json, StatusFile::Metrics]
+                    .into_iter()
+                    .find(named);
+                Node::Status(file.ok_or_else(|| absent(name))?)
+            }
+            Node::VolumeDirectory(v) if name == LIVE_NAME => Node::Live(v),
+            Node::VolumeDirectory(v) if name == SNAPSHOTS_NAME => Node::Snapshots(v),
+            Node::VolumeDirectory(_) => return Err(absent(name)),
+            Node::Snapshots(v) => {
+                let snapshot = snapshot_name(name).map_err(|_| absent(name))?;
+                let info = self.engine.snapshot(&v.info.name, &snapshot)?;
+                Node::Snapshot { info, linked: true }
+            }
+            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } => {
+                return Err(TreeError::NotDirectory);
+            }
+        };
+        let attr = self.attr(&node)?;
+        self.nodes.remember(attr.node, &node);
+        Ok(attr)
+    }
+
+    /// Opens a directory for listing.
+    ///
+    /// # Errors
+    /// `NotFound`; `NotDirectory`; `TooManyOpen`.
+    pub fn opendir(&self, node: NodeId) -> Result<HandleId> {
+        match self.resolve(node)?.kind() {
+            FileKind::Directory => self.handles.insert(Handle::Directory {
+                node,
+                listing: Mutex::new(Vec::new()),
+            }),
+            FileKind::File => Err(TreeError::NotDirectory),
+        }
+    }
+
+    /// The entries after a cookie (0 for the beginning), handed out until `give` says it is full.
+    /// The listing is that of the moment it was begun; beginning again renews it.
+    ///
+    /// # Errors
+    /// `BadHandle`; `NotFound` when the directory is gone.
+    pub fn readdir(
+        &self,
+        handle: HandleId,
+        after: u64,
+        mut give: impl FnMut(&DirEntry) -> bool,
+    ) -> Result<()> {
+        let handle = self.handles.get(handle)?;
+        let Handle::Directory { node, listing } = &*handle else {
+            return Err(TreeError::BadHandle);
+        };
+        let fresh = if after == 0 {
+            Some(self.list(*node)?)
+        } else {
+            None
+        };
+        let mut listing = listing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(fresh) = fresh {
+            *listing = fresh;
+        }
+        let from = listing.partition_point(|entry| entry.cookie <= after);
+        for entry in &listing[from..] {
+            if give(entry) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn list(&self, id: NodeId) -> Result<Vec<DirEntry>> {
+        use FileKind::{Directory, File};
+        let mut parent = ROOT;
+        let mut entries: Vec<(NodeId, FileKind, String)> = match self.resolve(id)? {
+            Node::Root => {
+                let volume = |info: VolumeInfo| {
+                    (
+                        volume_directory(info.ino_base),
+                        Directory,
+                        info.name.to_string(),
+                    )
+                };
+                let volumes = self.engine.volumes();
+                let control = (CONTROL, Directory, CONTROL_NAME.to_owned());
+                [control]
+                    .into_iter()
+                    .chain(volumes.iter().map(|v| volume(v.info())))
+                    .collect()
+            }
+            Node::Control => [StatusFile::Json, StatusFile::Metrics]
+                .map(status_entry)
+                .map(|(node, name)| (node, File, name.to_owned()))
+                .into(),
+            Node::VolumeDirectory(v) => vec![
+                (live_node(v.info.ino_base), File, LIVE_NAME.to_owned()),
+                (
+                    snapshots_node(v.info.ino_base),
+                    Directory,
+                    SNAPSHOTS_NAME.to_owned(),
+                ),
+            ],
+            Node::Snapshots(v) => {
+                parent = volume_directory(v.info.ino_base);
+                let snapshots = self.engine.snapshots(&v.info.name)?;
+                let file = |name: &Name| format!("{name}{IMAGE_SUFFIX}");
+                snapshots
+                    .iter()
+                    .map(|s| (NodeId(s.ino), File, file(&s.name)))
+                    .collect()
+            }
+            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } => {
+                return Err(TreeError::NotDirectory);
+            }
+        };
+        // Ascending by number, so that the cookie of an entry only depends on the entry.
+        entries.sort_by_key(|(node, ..)| *node);
+        let dots = [(id, ".", COOKIE_DOT), (parent, "..", COOKIE_DOT + 1)];
+        let dots = dots.map(|(node, name, cookie)| DirEntry {
+            node,
+            kind: Directory,
+            name: name.to_owned(),
+            cookie,
+        });
+        let entries = entries.into_iter().map(|(node, kind, name)| DirEntry {
+            node,
+            kind,
+            name,
+            cookie: node.0 + COOKIE_BASE,
+        });
+        Ok(dots.into_iter().chain(entries).collect())
+    }
+
+    /// Takes the snapshot `name` (with its suffix); the handle reads it and refuses writes. Durable
+    /// when this returns. The answer counts like a lookup. `caller` is the number of the process.
+    ///
+    /// # Errors
+    /// `Invalid` for a name that is no snapshot's; `Exists`; `Permission` outside `snapshots/`;
+    /// those of taking a snapshot.
+    pub fn create(&self, parent: NodeId, name: &str, caller: u32) -> Result<(Attr, Opened)> {
+        let volume = self.snapshots_directory(parent, "files can only be made in snapshots/")?;
+        let target = (volume.info.name.clone(), snapshot_name(name)?);
+        self.engine.take_snapshots(std::slice::from_ref(&target))?;
+        let snapshot = self.engine.open_snapshot(&target.0, &target.1)?;
+        let info = snapshot.info();
+        let attr = self.snapshot_attr(&info, true);
+        let handle = self.handles.insert(Handle::Snapshot(SnapshotHandle {
+            snapshot,
+            node: attr.node,
+            creator: Some(caller),
+        }))?;
+        self.nodes
+            .remember(attr.node, &Node::Snapshot { info, linked: true });
+        Ok((
+            attr,
+            Opened {
+                handle,
+                caching: Caching::Immutable,
+            },
+        ))
+    }
+
+    /// Deletes the snapshot `name` (with its suffix). Durable when this returns; who has it open
+    /// reads on.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` for a snapshot on hold; `Permission` outside `snapshots/`.
+    pub fn unlink(&self, parent: NodeId, name: &str) -> Result<()> {
+        let volume = self.snapshots_directory(parent, "only snapshots can be removed")?;
+        let snapshot = snapshot_name(name).map_err(|_| absent(name))?;
+        Ok(self.engine.delete_snapshot(&volume.info.name, &snapshot)?)
+    }
+
+    /// Renames a snapshot within its directory; never replaces one. Durable when this returns.
+    ///
+    /// # Errors
+    /// `Invalid` for a new name that is no snapshot's, or an exchange; `NotFound`; `Exists`;
+    /// `Permission` between directories or outside `snapshots/`.
+    pub fn rename(
+        &self,
+        parent: NodeId,
+        name: &str,
+        new_parent: NodeId,
+        new_name: &str,
+        mode: RenameMode,
+    ) -> Result<()> {
+        if mode == RenameMode::Special {
+            return Err(TreeError::new(
+                Kind::Invalid,
+                "names can neither be exchanged nor covered",
+            ));
+        }
+        let volume = self.snapshots_directory(parent, "only snapshots can be renamed")?;
+        if parent != new_parent {
+            let why = "a snapshot stays in its directory";
+            return Err(TreeError::new(Kind::Permission, why));
+        }
+        let old = snapshot_name(name).map_err(|_| absent(name))?;
+        let new = snapshot_name(new_name)?;
+        Ok(self.engine.rename_snapshot(&volume.info.name, &old, &new)?)
+    }
+
+    /// Answers an operation that makes or removes a name nobody can make or remove.
+    ///
+    /// # Errors
+    /// Always: `Permission`, or `NotDirectory` / `NotFound` for a parent that is none.
+    pub fn refuse_name(&self, parent: NodeId) -> Result<()> {
+        match self.resolve(parent)?.kind() {
+            FileKind::Directory => {
+                let why = "directories, links and special files cannot be made or removed here";
+                Err(TreeError::new(Kind::Permission, why))
+            }
+            FileKind::File => Err(TreeError::NotDirectory),
+        }
+    }
+
+    fn snapshots_directory(&self, parent: NodeId, why: &str) -> Result<VolumeNode> {
+        match self.resolve(parent)? {
+            Node::Snapshots(volume) => Ok(volume),
+            Node::Root | Node::Control | Node::VolumeDirectory(_) => {
+                Err(TreeError::new(Kind::Permission, why))
+            }
+            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } => Err(TreeError::NotDirectory),
+        }
+    }
+}
+
+/// The snapshot that a file name in `snapshots/` means.
+fn snapshot_name(file: &str) -> Result<Name> {
+    match file.strip_suffix(IMAGE_SUFFIX) {
+        Some(name) => Ok(Name::new(name)?),
+        None => Err(TreeError::new(
+            Kind::Invalid,
+            format!("'{}' does not end in {IMAGE_SUFFIX}", escape(file)),
+        )),
+    }
+}
+
+fn absent(name: &str) -> TreeError {
+    TreeError::new(Kind::NotFound, format!("no entry '{}'", escape(name)))
+}

@@ -1,0 +1,82 @@
+//! Names to nodes: what the mount shows, what each file operation does, and what it refuses.
+//!
+//! ```text
+//! /                        1
+//!   .stillframe/           2   status.json 3, metrics.prom 4
+//!   <volume>/              ino_base
+//!     live.img             ino_base + 1
+//!     snapshots/           ino_base + 2
+//!       <name>.img         SnapshotInfo.ino
+//! ```
+//!
+//! `docs/semantics.md` states every operation on every node, one sentence a line; this module is
+//! that document in code. No FUSE types here: `fuse` translates requests into these calls.
+//!
+//! Invariants:
+//! - T1: catalogue changes (take, delete, rename) and flushes are durable when the call returns.
+//! - T2: nothing but a write, a zeroing or a rewrite through a handle of `live.img` changes content.
+//! - T3: an open snapshot stays readable, with the same bytes, after it is renamed or deleted.
+//! - T4: a node is never shown under a number that belonged to another one: what the kernel still
+//!   knows under an old number answers `NotFound`.
+//! - T5: a handle that wrote is flushed to durability when it is flushed, before the answer.
+//!
+//! Locks: the node table and the handle table, each for a lookup or a change only, never across a
+//! call into the engine. All methods may be called from any thread.
+
+mod attr;
+mod directory;
+mod file;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod handle;
+mod node;
+#[cfg(test)]
+mod tests;
+mod types;
+mod xattr;
+
+use std::sync::Arc;
+
+use crate::volume::Engine;
+
+use handle::Handles;
+use node::Nodes;
+
+pub use handle::HANDLES_MAX;
+pub use node::{CONTROL, METRICS_FILE, ROOT, STATUS_FILE, volume_directory};
+pub use types::{
+    Attr, Caching, DirEntry, FileKind, HandleId, NodeId, OpenFlags, Opened, RenameMode, Result,
+    Seek, SetAttr, SpaceChange, StatusFile, StatusSource, TreeError,
+};
+
+/// Preferred size of a read, shown as `st_blksize`: cp reads in pieces of this size.
+pub const BLOCK_SIZE: u32 = 1 << 20;
+
+/// The file tree over an engine.
+pub struct Tree {
+    engine: Arc<Engine>,
+    status: Arc<dyn StatusSource>,
+    uid: u32,
+    gid: u32,
+    nodes: Nodes,
+    handles: Handles,
+}
+
+impl Tree {
+    /// A tree that shows the engine's volumes, owned by one user.
+    pub fn new(engine: Arc<Engine>, uid: u32, gid: u32, status: Arc<dyn StatusSource>) -> Tree {
+        Tree {
+            engine,
+            status,
+            uid,
+            gid,
+            nodes: Nodes::default(),
+            handles: Handles::default(),
+        }
+    }
+
+    /// Number of open handles, for status.
+    pub fn open_handles(&self) -> usize {
+        self.handles.len()
+    }
+}

@@ -1,0 +1,244 @@
+//! Inode numbers to nodes, and what the kernel still remembers.
+//!
+//! The kernel speaks in inode numbers it was given by a lookup, until it forgets them. The table
+//! keeps for each of them the *name* it had, and resolving asks the engine by name and compares
+//! numbers, so a name that now belongs to something else never answers for the old node (T4). A
+//! snapshot renamed behind the table's back is found again by its number; a deleted one only while
+//! it is open.
+//!
+//! The table is bounded by the kernel's own cache: an entry goes when the kernel forgets it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Kind;
+use crate::tree::Tree;
+use crate::tree::types::{FileKind, NodeId, Result, StatusFile, TreeError};
+use crate::units::Name;
+use crate::volume::{SnapshotInfo, Volume, VolumeInfo};
+
+/// The root directory.
+pub const ROOT: NodeId = NodeId(1);
+/// The directory `.stillframe`.
+pub const CONTROL: NodeId = NodeId(2);
+/// `status.json`.
+pub const STATUS_FILE: NodeId = NodeId(3);
+/// `metrics.prom`.
+pub const METRICS_FILE: NodeId = NodeId(4);
+
+/// Name of the control directory.
+pub(super) const CONTROL_NAME: &str = ".stillframe";
+/// Name of a volume's live image.
+pub(super) const LIVE_NAME: &str = "live.img";
+/// Name of a volume's directory of snapshots.
+pub(super) const SNAPSHOTS_NAME: &str = "snapshots";
+
+const LIVE_OFFSET: u64 = 1;
+const SNAPSHOTS_OFFSET: u64 = 2;
+
+/// The directory of a volume with this base.
+pub fn volume_directory(ino_base: u64) -> NodeId {
+    NodeId(ino_base)
+}
+
+pub(super) fn live_node(ino_base: u64) -> NodeId {
+    NodeId(ino_base + LIVE_OFFSET)
+}
+
+pub(super) fn snapshots_node(ino_base: u64) -> NodeId {
+    NodeId(ino_base + SNAPSHOTS_OFFSET)
+}
+
+/// The name and node of a status file.
+pub(super) fn status_entry(file: StatusFile) -> (NodeId, &'static str) {
+    match file {
+        StatusFile::Json => (STATUS_FILE, "status.json"),
+        StatusFile::Metrics => (METRICS_FILE, "metrics.prom"),
+    }
+}
+
+/// A volume and its facts at one moment.
+#[derive(Clone)]
+pub(super) struct VolumeNode {
+    pub volume: Arc<Volume>,
+    pub info: VolumeInfo,
+}
+
+/// A node, with the facts that its operations need.
+pub(super) enum Node {
+    Root,
+    Control,
+    Status(StatusFile),
+    VolumeDirectory(VolumeNode),
+    Live(VolumeNode),
+    Snapshots(VolumeNode),
+    /// `linked` is false for a deleted snapshot that is still open.
+    Snapshot {
+        info: SnapshotInfo,
+        linked: bool,
+    },
+}
+
+impl Node {
+    pub fn kind(&self) -> FileKind {
+        match self {
+            Node::Root | Node::Control | Node::VolumeDirectory(_) | Node::Snapshots(_) => {
+                FileKind::Directory
+            }
+            Node::Status(_) | Node::Live(_) | Node::Snapshot { .. } => FileKind::File,
+        }
+    }
+}
+
+/// What the table keeps of a node.
+#[derive(Clone)]
+enum Known {
+    /// Any of a volume's own nodes.
+    Volume(Name),
+    Snapshot(Name, Name),
+}
+
+struct Entry {
+    known: Known,
+    /// Answers that named this node and that the kernel has not yet forgotten.
+    lookups: u64,
+}
+
+/// The nodes the kernel knows.
+#[derive(Default)]
+pub(super) struct Nodes {
+    table: Mutex<HashMap<u64, Entry>>,
+}
+
+impl Nodes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Entry>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts an answer that names the node. The fixed nodes need no entry.
+    pub fn remember(&self, id: NodeId, node: &Node) {
+        let known = match node {
+            Node::Root | Node::Control | Node::Status(_) => return,
+            Node::VolumeDirectory(v) | Node::Live(v) | Node::Snapshots(v) => {
+                Known::Volume(v.info.name.clone())
+            }
+            Node::Snapshot { info, .. } => Known::Snapshot(info.volume.clone(), info.name.clone()),
+        };
+        let mut table = self.lock();
+        let lookups = table.get(&id.0).map_or(0, |e| e.lookups);
+        table.insert(
+            id.0,
+            Entry {
+                known,
+                lookups: lookups + 1,
+            },
+        );
+    }
+
+    fn forget(&self, id: NodeId, count: u64) {
+        let mut table = self.lock();
+        if let Some(entry) = table.get_mut(&id.0) {
+            entry.lookups = entry.lookups.saturating_sub(count);
+            if entry.lookups == 0 {
+                table.remove(&id.0);
+            }
+        }
+    }
+
+    fn known(&self, id: NodeId) -> Option<Known> {
+        self.lock().get(&id.0).map(|e| e.known.clone())
+    }
+
+    fn renamed(&self, id: NodeId, info: &SnapshotInfo) {
+        if let Some(entry) = self.lock().get_mut(&id.0) {
+            entry.known = Known::Snapshot(info.volume.clone(), info.name.clone());
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+}
+
+impl Tree {
+    /// The kernel drops `count` of the lookups it was answered for this node.
+    pub fn forget(&self, node: NodeId, count: u64) {
+        self.nodes.forget(node, count);
+    }
+
+    /// Number of nodes the kernel knows besides the fixed ones, for status.
+    pub fn known_nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    pub(super) fn resolve(&self, id: NodeId) -> Result<Node> {
+        match id {
+            ROOT => return Ok(Node::Root),
+            CONTROL => return Ok(Node::Control),
+            STATUS_FILE => return Ok(Node::Status(StatusFile::Json)),
+            METRICS_FILE => return Ok(Node::Status(StatusFile::Metrics)),
+            _ => {}
+        }
+        match self.nodes.known(id) {
+            Some(Known::Volume(name)) => self.resolve_volume(id, &name),
+            Some(Known::Snapshot(volume, name)) => self.resolve_snapshot(id, &volume, &name),
+            None => self.resolve_open(id),
+        }
+    }
+
+    fn resolve_volume(&self, id: NodeId, name: &Name) -> Result<Node> {
+        let node = self.volume_node(name)?;
+        let base = node.info.ino_base;
+        if id == volume_directory(base) {
+            Ok(Node::VolumeDirectory(node))
+        } else if id == live_node(base) {
+            Ok(Node::Live(node))
+        } else if id == snapshots_node(base) {
+            Ok(Node::Snapshots(node))
+        } else {
+            Err(gone(id))
+        }
+    }
+
+    fn resolve_snapshot(&self, id: NodeId, volume: &Name, name: &Name) -> Result<Node> {
+        match self.engine.snapshot(volume, name) {
+            Ok(info) if info.ino == id.0 => return Ok(Node::Snapshot { info, linked: true }),
+            Ok(_) => {}
+            Err(e) if e.kind() == Kind::NotFound => {}
+            Err(e) => return Err(e.into()),
+        }
+        let listed = match self.engine.snapshots(volume) {
+            Ok(listed) => listed,
+            Err(e) if e.kind() == Kind::NotFound => Vec::new(),
+            Err(e) => return Err(e.into()),
+        };
+        match listed.into_iter().find(|info| info.ino == id.0) {
+            Some(info) => {
+                self.nodes.renamed(id, &info);
+                Ok(Node::Snapshot { info, linked: true })
+            }
+            None => self.resolve_open(id),
+        }
+    }
+
+    /// A deleted snapshot lives on as a node while it is open.
+    fn resolve_open(&self, id: NodeId) -> Result<Node> {
+        match self.handles.open_snapshot(id) {
+            Some(snapshot) => Ok(Node::Snapshot {
+                info: snapshot.info(),
+                linked: false,
+            }),
+            None => Err(gone(id)),
+        }
+    }
+
+    pub(super) fn volume_node(&self, name: &Name) -> Result<VolumeNode> {
+        let volume = self.engine.volume(name)?;
+        let info = volume.info();
+        Ok(VolumeNode { volume, info })
+    }
+}
+
+fn gone(id: NodeId) -> TreeError {
+    TreeError::new(Kind::NotFound, format!("inode {} is gone", id.0))
+}

@@ -1,0 +1,107 @@
+//! Extended attributes: facts about snapshots and the live image, for programs.
+//!
+//! All are text under `user.stillframe.`; one that has nothing to say is absent. They are read-only.
+
+use crate::error::Kind;
+use crate::tree::Tree;
+use crate::tree::node::Node;
+use crate::tree::types::{NodeId, Result, TreeError};
+use crate::volume::{SnapshotInfo, SnapshotState, VolumeInfo, VolumeState};
+
+const PREFIX: &str = "user.stillframe.";
+
+/// A short name and its value.
+type Fact = (&'static str, String);
+
+impl Tree {
+    /// The value of an attribute.
+    ///
+    /// # Errors
+    /// `NoAttribute`; `NotFound` for a node that is gone.
+    pub fn getxattr(&self, node: NodeId, name: &str) -> Result<Vec<u8>> {
+        // The kernel asks for security.capability before writes: answer without looking up facts.
+        let short = name.strip_prefix(PREFIX).ok_or(TreeError::NoAttribute)?;
+        let facts = self.facts(node)?;
+        let fact = facts.into_iter().find(|(key, _)| *key == short);
+        fact.map(|(_, value)| value.into_bytes())
+            .ok_or(TreeError::NoAttribute)
+    }
+
+    /// The names of a node's attributes, each ended by a zero byte.
+    ///
+    /// # Errors
+    /// `NotFound` for a node that is gone.
+    pub fn listxattr(&self, node: NodeId) -> Result<Vec<u8>> {
+        let mut names = Vec::new();
+        for (key, _) in self.facts(node)? {
+            names.extend_from_slice(PREFIX.as_bytes());
+            names.extend_from_slice(key.as_bytes());
+            names.push(0);
+        }
+        Ok(names)
+    }
+
+    /// Refuses to set or remove an attribute.
+    ///
+    /// # Errors
+    /// Always: `Permission` for ours, `Unsupported` for others (cp and rsync then go on).
+    pub fn refuse_xattr(&self, name: &str) -> Result<()> {
+        Err(if name.starts_with(PREFIX) {
+            TreeError::new(
+                Kind::Permission,
+                format!("{PREFIX}* attributes are read-only"),
+            )
+        } else {
+            TreeError::new(
+                Kind::Unsupported,
+                "extended attributes cannot be stored here",
+            )
+        })
+    }
+
+    fn facts(&self, node: NodeId) -> Result<Vec<Fact>> {
+        Ok(match self.resolve(node)? {
+            Node::Snapshot { info, .. } => snapshot_facts(&info),
+            Node::Live(v) => live_facts(&v.info),
+            Node::Root
+            | Node::Control
+            | Node::Status(_)
+            | Node::VolumeDirectory(_)
+            | Node::Snapshots(_) => Vec::new(),
+        })
+    }
+}
+
+fn snapshot_facts(info: &SnapshotInfo) -> Vec<Fact> {
+    let mut facts = vec![
+        ("uuid", info.uuid.to_string()),
+        ("epoch", info.epoch.0.to_string()),
+        ("unique", info.unique.to_string()),
+        ("held", u8::from(info.held).to_string()),
+        (
+            "state",
+            match &info.state {
+                SnapshotState::Active => "active".to_owned(),
+                SnapshotState::Failed(why) => format!("failed: {why}"),
+            },
+        ),
+    ];
+    facts.extend(info.parent.map(|uuid| ("parent", uuid.to_string())));
+    facts.extend(info.group.map(|uuid| ("group", uuid.to_string())));
+    facts
+}
+
+fn live_facts(info: &VolumeInfo) -> Vec<Fact> {
+    let state = match &info.state {
+        VolumeState::Active => "active".to_owned(),
+        VolumeState::Unverified => "unverified".to_owned(),
+        VolumeState::Changed(why) => format!("changed: {why}"),
+        VolumeState::Suspect(why) => format!("suspect: {why}"),
+        VolumeState::Missing(why) => format!("missing: {why}"),
+    };
+    vec![
+        ("uuid", info.uuid.to_string()),
+        ("state", state),
+        ("source", info.source.clone()),
+    ]
+}
