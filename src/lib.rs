@@ -9,6 +9,8 @@
 //!
 //! Start reading at [`volume`]: it promises what a snapshot is and when it is durable.
 
+pub mod cli;
+pub mod daemon;
 pub mod error;
 pub mod fuse;
 pub mod image;

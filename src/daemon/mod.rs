@@ -1,0 +1,32 @@
+//! The process that serves a mount, and the ways to talk to it.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `launch` | starting a daemon in the background and hearing from it whether it serves |
+//! | `serve` | the daemon's life: checks, store, mount, events, clean stop |
+//! | `mounted` | its mount: unmounting, and cutting off who does not leave |
+//! | `places` | which mountpoint, store and source may be used together |
+//! | `store` | what is a store directory; holding one open |
+//! | `control`, `client`, `protocol` | the control socket: its two ends and what is said |
+//! | `jobs` | what can be asked of a store, the same with and without a daemon |
+//! | `maintenance` | the thread that runs the engine's background work |
+//! | `status`, `timestamp` | the state as rows, JSON and metrics |
+//! | `logging` | where the daemon's log goes |
+//!
+//! Promises: a store is served by one process; a mount that is announced as ready serves; every way
+//! to end (request, signal, external unmount) goes through the same clean stop, and the lock is let
+//! go last. The daemon never looks into its own mount from a thread that serves it.
+
+pub mod client;
+pub mod control;
+pub mod jobs;
+pub mod launch;
+pub mod logging;
+pub mod maintenance;
+pub mod mounted;
+pub mod places;
+pub mod protocol;
+pub mod serve;
+pub mod status;
+pub mod store;
+pub mod timestamp;

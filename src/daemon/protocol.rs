@@ -1,0 +1,367 @@
+//! What the command line and the daemon say to each other: one JSON object a line.
+//!
+//! A connection carries one [`Request`] line, then any number of [`Response::Progress`] lines, then
+//! one [`Response::Ok`] or [`Response::Error`] line. A line is bounded on both sides
+//! ([`REQUEST_MAX`], [`RESPONSE_MAX`]), so that neither side can make the other one grow. Unknown
+//! requests and fields are refused, never guessed at: a command of another version fails with a
+//! message instead of doing half.
+//!
+//! The rows are also what `--json` prints and what `.stillframe/status.json` holds, so their field
+//! names are an interface. Names in requests are plain text and are checked where they are used.
+
+use std::io::{self, BufRead, ErrorKind, Read, Write};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::volume::OnFull;
+
+/// Longest request line in bytes.
+pub const REQUEST_MAX: u64 = 1 << 20;
+/// Longest response line in bytes: a listing of 100,000 snapshots takes some 30 MiB.
+pub const RESPONSE_MAX: u64 = 256 << 20;
+
+/// Policy choices that were made explicitly; `None` keeps what is there or the default.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Choices {
+    /// Bytes of a grain; only when a volume is added.
+    pub grain: Option<u64>,
+    /// Policy for a full thin target.
+    pub on_full: Option<OnFull>,
+    /// Seconds to wait for space first.
+    pub on_full_wait: Option<u32>,
+}
+
+/// How the daemon is to unmount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Leave {
+    /// Refuse while the mount is in use.
+    Gently,
+    /// Detach at once, finish when the last user is gone.
+    Lazily,
+    /// Abort what is in flight.
+    Forcibly,
+}
+
+/// A job for a store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// Everything worth knowing.
+    Status {},
+    /// Puts a source under protection.
+    VolumeAdd {
+        /// Name.
+        name: String,
+        /// Absolute path of the source.
+        source: String,
+        /// Policy.
+        choices: Choices,
+    },
+    /// Every volume, or the named one.
+    VolumeList {
+        /// Only this one.
+        name: Option<String>,
+    },
+    /// Changes the policy.
+    VolumeSet {
+        /// Name.
+        name: String,
+        /// Policy; `grain` is refused.
+        choices: Choices,
+    },
+    /// Declares the source good as it is.
+    VolumeAccept {
+        /// Name.
+        name: String,
+    },
+    /// Forgets a volume.
+    VolumeRemove {
+        /// Name.
+        name: String,
+    },
+    /// Takes snapshots at one instant.
+    SnapshotCreate {
+        /// (volume, snapshot) pairs.
+        targets: Vec<(String, String)>,
+    },
+    /// Every snapshot, or those of one volume.
+    SnapshotList {
+        /// Only of this volume.
+        volume: Option<String>,
+    },
+    /// Deletes a snapshot.
+    SnapshotDelete {
+        /// Volume.
+        volume: String,
+        /// Snapshot.
+        name: String,
+    },
+    /// Puts a snapshot on hold or releases it.
+    SnapshotHold {
+        /// Volume.
+        volume: String,
+        /// Snapshot.
+        name: String,
+        /// On hold, or released.
+        held: bool,
+    },
+    /// Renames a snapshot.
+    SnapshotRename {
+        /// Volume.
+        volume: String,
+        /// Snapshot.
+        name: String,
+        /// Its new name.
+        new: String,
+    },
+    /// Unmounts, closes the store and ends the daemon.
+    Unmount {
+        /// How.
+        how: Leave,
+    },
+}
+
+/// The result of a [`Request`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "is", content = "with", rename_all = "kebab-case")]
+pub enum Answer {
+    /// Done; there is nothing to say.
+    Done,
+    /// To a lazy `Unmount`: detached, and still in use by somebody.
+    Detached,
+    /// To `Status`.
+    Status(Box<Report>),
+    /// To `VolumeAdd` and `VolumeList`.
+    Volumes(Vec<VolumeRow>),
+    /// To `SnapshotCreate` and `SnapshotList`.
+    Snapshots(Vec<SnapshotRow>),
+}
+
+/// A line from the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Response {
+    /// The job goes on; text for people.
+    Progress(String),
+    /// The job is done.
+    Ok(Answer),
+    /// The job failed.
+    Error {
+        /// What a caller may act on.
+        kind: Kind,
+        /// One line.
+        message: String,
+    },
+}
+
+impl Response {
+    /// The failure as the other side shows it.
+    pub fn failure(e: &Error) -> Response {
+        Response::Error {
+            kind: e.kind(),
+            message: e.chain(),
+        }
+    }
+}
+
+/// The whole state: `status --json` and `.stillframe/status.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// Version of the program that serves the store.
+    pub version: String,
+    /// Process of the daemon; absent when none runs.
+    pub pid: Option<u32>,
+    /// Path of the store, escaped where it is not plain text.
+    pub store: String,
+    /// The store's own id.
+    pub uuid: String,
+    /// Where it is mounted; absent when it is not.
+    pub mountpoint: Option<String>,
+    /// Bytes of the log on disk; absent when they cannot be counted.
+    pub log_bytes: Option<u64>,
+    /// The volumes, by name.
+    pub volumes: Vec<VolumeRow>,
+}
+
+/// A volume.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VolumeRow {
+    /// Name.
+    pub name: String,
+    /// Unique for ever.
+    pub uuid: String,
+    /// Path of the source, as it was given.
+    pub source: String,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes.
+    pub grain: u64,
+    /// `active`, `unverified`, `changed`, `suspect` or `missing`.
+    pub state: String,
+    /// Why, where the state needs a reason.
+    pub reason: Option<String>,
+    /// Bytes of the thin target that serve its snapshots.
+    pub used: u64,
+    /// Bytes that reclaim will give back.
+    pub reclaimable: u64,
+    /// Policy for a full thin target.
+    pub on_full: OnFull,
+    /// Seconds to wait for space first.
+    pub on_full_wait: u32,
+    /// When it was added, ISO 8601.
+    pub added: String,
+    /// Oldest first.
+    pub snapshots: Vec<SnapshotRow>,
+    /// Writable clones.
+    pub clones: Vec<String>,
+    /// Points in time whose bitmaps are kept.
+    pub bookmarks: Vec<String>,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SnapshotRow {
+    /// Its volume.
+    pub volume: String,
+    /// Name.
+    pub name: String,
+    /// Unique for ever.
+    pub uuid: String,
+    /// The epoch it opened.
+    pub epoch: u64,
+    /// The instant, ISO 8601.
+    pub time: String,
+    /// Bytes of the volume at the instant.
+    pub size: u64,
+    /// Bytes of storage the content used at the instant.
+    pub allocated: u64,
+    /// Bytes of the thin target that only this snapshot needs.
+    pub unique: u64,
+    /// `active` or `failed`.
+    pub state: String,
+    /// Why it failed.
+    pub reason: Option<String>,
+    /// The snapshot before it, by id.
+    pub parent: Option<String>,
+    /// Shared by snapshots of one instant.
+    pub group: Option<String>,
+    /// On hold: it cannot be deleted.
+    pub held: bool,
+}
+
+/// Writes a message as one line.
+///
+/// # Errors
+/// The stream's error.
+pub fn send(stream: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message).map_err(io::Error::other)?;
+    line.push(b'\n');
+    stream.write_all(&line)?;
+    stream.flush()
+}
+
+/// Reads a message of at most `max` bytes; `None` when the stream ends before its first byte.
+///
+/// # Errors
+/// `Invalid` if it is too long, cut short or not understood; else by the stream's error (a time
+/// limit of the stream is `Io`).
+pub fn receive<T: DeserializeOwned>(stream: &mut impl BufRead, max: u64) -> Result<Option<T>> {
+    let mut line = Vec::new();
+    let mut bounded = stream.take(max + 1);
+    loop {
+        match bounded.read_until(b'\n', &mut line) {
+            Ok(_) => break,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(Error::io("cannot read from the control socket", e)),
+        }
+    }
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.len() as u64 > max {
+        return Err(Error::new(
+            Kind::Invalid,
+            format!("message is longer than {max} bytes"),
+        ));
+    }
+    if line.pop() != Some(b'\n') {
+        return Err(Error::new(Kind::Invalid, "message ends in the middle"));
+    }
+    serde_json::from_slice(&line)
+        .map(Some)
+        .map_err(|e| Error::with_source(Kind::Invalid, "message is not understood", e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(bytes: &[u8], max: u64) -> Result<Option<Request>> {
+        receive(&mut io::BufReader::new(bytes), max)
+    }
+
+    #[test]
+    fn requests_come_through_whole() {
+        let requests = [
+            Request::Status {},
+            Request::VolumeAdd {
+                name: "vm".into(),
+                source: "/x\n\u{1b}".into(),
+                choices: Choices {
+                    grain: Some(65536),
+                    ..Choices::default()
+                },
+            },
+            Request::SnapshotCreate {
+                targets: vec![("a".into(), "b".into())],
+            },
+            Request::Unmount { how: Leave::Lazily },
+        ];
+        let mut stream = Vec::new();
+        for request in &requests {
+            send(&mut stream, request).unwrap();
+        }
+        assert_eq!(
+            stream.iter().filter(|&&b| b == b'\n').count(),
+            requests.len()
+        );
+        let mut stream = stream.as_slice();
+        for request in &requests {
+            assert_eq!(
+                receive::<Request>(&mut stream, 4096).unwrap().as_ref(),
+                Some(request)
+            );
+        }
+        assert!(receive::<Request>(&mut stream, 4096).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        for bad in [
+            &b"{\"do\":\"status\"}"[..],
+            b"{\"do\":\"stat",
+            b"\n",
+            b"{}\n",
+            b"\xff\xff\n",
+            b"{\"do\":\"format-disk\"}\n",
+            b"{\"do\":\"volume-accept\",\"name\":\"a\",\"force\":true}\n",
+            b"{\"do\":\"status\",\"extra\":1}\n",
+        ] {
+            let e = read(bad, 4096).expect_err(&String::from_utf8_lossy(bad));
+            assert_eq!(e.kind(), Kind::Invalid);
+        }
+    }
+
+    #[test]
+    fn a_long_line_is_cut_off_not_collected() {
+        let endless = vec![b'x'; 5000];
+        assert_eq!(read(&endless, 4096).unwrap_err().kind(), Kind::Invalid);
+        let exact = b"{\"do\":\"status\"}\n";
+        assert!(read(exact, exact.len() as u64).unwrap().is_some());
+        assert!(read(exact, exact.len() as u64 - 1).is_err());
+    }
+}

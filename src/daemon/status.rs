@@ -1,0 +1,325 @@
+//! The state of a store as rows, as JSON and as Prometheus text.
+//!
+//! Promises: what cannot be read of one volume does not hide the others (its row says why); every
+//! label is escaped as the text format demands, so that a name or path cannot forge a sample.
+//! It only reads; the numbers are of one moment per volume, not of one moment together.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::daemon::protocol::{Report, SnapshotRow, VolumeRow};
+use crate::daemon::timestamp;
+use crate::error::Kind;
+use crate::units::escape;
+use crate::volume::{Engine, SnapshotInfo, SnapshotState, Volume, VolumeState};
+
+/// Who serves the store, for the report.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The store directory.
+    pub store: PathBuf,
+    /// The mountpoint, while a daemon serves it.
+    pub mountpoint: Option<PathBuf>,
+}
+
+/// Where things stand now.
+pub fn report(engine: &Engine, place: &Place) -> Report {
+    Report {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: place.mountpoint.is_some().then(std::process::id),
+        store: shown(&place.store),
+        uuid: engine.uuid().to_string(),
+        mountpoint: place.mountpoint.as_deref().map(shown),
+        log_bytes: engine.log_bytes().ok(),
+        volumes: engine
+            .volumes()
+            .iter()
+            .filter_map(|v| volume_row(engine, v))
+            .collect(),
+    }
+}
+
+/// A path as text, for people and JSON.
+pub fn shown(path: &Path) -> String {
+    escape(&path.to_string_lossy())
+}
+
+/// One volume with its snapshots; `None` if it was removed meanwhile.
+pub fn volume_row(engine: &Engine, volume: &Arc<Volume>) -> Option<VolumeRow> {
+    let info = volume.info();
+    let (state, mut reason) = volume_state(&info.state);
+    let snapshots = match engine.snapshots(&info.name) {
+        Ok(list) => list.iter().map(snapshot_row).collect(),
+        Err(e) if e.kind() == Kind::NotFound => return None,
+        Err(e) => {
+            reason.get_or_insert_with(|| escape(&e.chain()));
+            Vec::new()
+        }
+    };
+    Some(VolumeRow {
+        name: info.name.to_string(),
+        uuid: info.uuid.to_string(),
+        source: info.source,
+        size: info.size,
+        grain: info.grain.bytes(),
+        state: state.to_owned(),
+        reason,
+        used: info.used,
+        reclaimable: info.reclaimable,
+        on_full: info.options.on_full,
+        on_full_wait: info.options.on_full_wait_s,
+        added: timestamp::precise(info.added_ns),
+        snapshots,
+        clones: Vec::new(),
+        bookmarks: Vec::new(),
+    })
+}
+
+/// One snapshot.
+pub fn snapshot_row(info: &SnapshotInfo) -> SnapshotRow {
+    let (state, reason) = match &info.state {
+        SnapshotState::Active => ("active", None),
+        SnapshotState::Failed(why) => ("failed", Some(escape(why))),
+    };
+    SnapshotRow {
+        volume: info.volume.to_string(),
+        name: info.name.to_string(),
+        uuid: info.uuid.to_string(),
+        epoch: info.epoch.0,
+        time: timestamp::precise(info.taken_ns),
+        size: info.size,
+        allocated: info.allocated,
+        unique: info.unique,
+        state: state.to_owned(),
+        reason,
+        parent: info.parent.map(|u| u.to_string()),
+        group: info.group.map(|u| u.to_string()),
+        held: info.held,
+    }
+}
+
+fn volume_state(state: &VolumeState) -> (&'static str, Option<String>) {
+    match state {
+        VolumeState::Active => ("active", None),
+        VolumeState::Unverified => (
+            "unverified",
+            Some("the last stop was unclean; works, the source was not compared".into()),
+        ),
+        VolumeState::Changed(why) => ("changed", Some(escape(why))),
+        VolumeState::Suspect(why) => ("suspect", Some(escape(why))),
+        VolumeState::Missing(why) => ("missing", Some(escape(why))),
+    }
+}
+
+/// The states a volume can be in, in the order of the metric's label values.
+const VOLUME_STATES: [&str; 5] = ["active", "unverified", "changed", "suspect", "missing"];
+
+/// The report in the text format of Prometheus, version 0.0.4.
+pub fn metrics(report: &Report) -> String {
+    let mut out = String::new();
+    let mut gauge = |name: &str, help: &str, samples: &mut dyn Iterator<Item = (String, f64)>| {
+        let _ = writeln!(out, "# HELP stillframe_{name} {help}");
+        let _ = writeln!(out, "# TYPE stillframe_{name} gauge");
+        for (labels, value) in samples {
+            let _ = writeln!(out, "stillframe_{name}{labels} {value}");
+        }
+    };
+    let volumes = || report.volumes.iter();
+    let of = |v: &VolumeRow| format!("{{volume=\"{}\"}}", label(&v.name));
+    let sum = |v: &VolumeRow, f: fn(&SnapshotRow) -> bool| {
+        v.snapshots.iter().filter(|s| f(s)).count() as f64
+    };
+    let build = format!(
+        "{{version=\"{}\",store=\"{}\"}}",
+        label(&report.version),
+        label(&report.store)
+    );
+    gauge(
+        "build_info",
+        "Always 1; the labels tell what runs.",
+        &mut [(build, 1.0)].into_iter(),
+    );
+    gauge(
+        "log_bytes",
+        "Bytes of the log on disk.",
+        &mut report
+            .log_bytes
+            .iter()
+            .map(|&bytes| (String::new(), bytes as f64)),
+    );
+    gauge(
+        "volume_size_bytes",
+        "Size of the volume.",
+        &mut volumes().map(|v| (of(v), v.size as f64)),
+    );
+    gauge(
+        "volume_used_bytes",
+        "Bytes of the thin target that serve the volume's snapshots.",
+        &mut volumes().map(|v| (of(v), v.used as f64)),
+    );
+    gauge(
+        "volume_reclaimable_bytes",
+        "Bytes of the thin target that reclaim will give back.",
+        &mut volumes().map(|v| (of(v), v.reclaimable as f64)),
+    );
+    gauge(
+        "volume_state",
+        "1 for the state the volume is in, 0 for the others.",
+        &mut volumes().flat_map(|v| {
+            VOLUME_STATES.iter().map(|&state| {
+                let labels = format!("{{volume=\"{}\",state=\"{state}\"}}", label(&v.name));
+                (labels, f64::from(u8::from(v.state == state)))
+            })
+        }),
+    );
+    gauge(
+        "volume_snapshots",
+        "Snapshots of the volume.",
+        &mut volumes().map(|v| (of(v), v.snapshots.len() as f64)),
+    );
+    gauge(
+        "volume_snapshots_failed",
+        "Snapshots of the volume that could not be kept.",
+        &mut volumes().map(|v| (of(v), sum(v, |s| s.state == "failed"))),
+    );
+    snapshot_metrics(report, &mut gauge);
+    out
+}
+
+type Gauge<'a> = dyn FnMut(&str, &str, &mut dyn Iterator<Item = (String, f64)>) + 'a;
+
+fn snapshot_metrics(report: &Report, gauge: &mut Gauge<'_>) {
+    let snapshots = || report.volumes.iter().flat_map(|v| &v.snapshots);
+    let of = |s: &SnapshotRow| {
+        format!(
+            "{{volume=\"{}\",snapshot=\"{}\"}}",
+            label(&s.volume),
+            label(&s.name)
+        )
+    };
+    gauge(
+        "snapshot_size_bytes",
+        "Size of the volume at the instant of the snapshot.",
+        &mut snapshots().map(|s| (of(s), s.size as f64)),
+    );
+    gauge(
+        "snapshot_unique_bytes",
+        "Bytes of the thin target that only this snapshot needs.",
+        &mut snapshots().map(|s| (of(s), s.unique as f64)),
+    );
+}
+
+/// Escapes a label value: the format knows exactly these three.
+fn label(text: &str) -> String {
+    text.replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::volume::OnFull;
+
+    fn sample() -> Report {
+        let snapshot = SnapshotRow {
+            volume: "vm".into(),
+            name: "monday".into(),
+            uuid: "u".into(),
+            epoch: 3,
+            time: timestamp::precise(0),
+            size: 4096,
+            allocated: 4096,
+            unique: 512,
+            state: "failed".into(),
+            reason: Some("full".into()),
+            parent: None,
+            group: None,
+            held: false,
+        };
+        let volume = VolumeRow {
+            name: "vm".into(),
+            uuid: "u".into(),
+            source: "/x".into(),
+            size: 1 << 40,
+            grain: 4096,
+            state: "active".into(),
+            reason: None,
+            used: 1,
+            reclaimable: 2,
+            on_full: OnFull::FailWrite,
+            on_full_wait: 60,
+            added: timestamp::precise(0),
+            snapshots: vec![snapshot],
+            clones: vec![],
+            bookmarks: vec![],
+        };
+        Report {
+            version: "1".into(),
+            pid: Some(1),
+            store: "/a\"b\\c\nstillframe_log_bytes 7".into(),
+            uuid: "u".into(),
+            mountpoint: Some("/m".into()),
+            log_bytes: Some(9),
+            volumes: vec![volume],
+        }
+    }
+
+    /// Every line is a HELP, a TYPE or a sample of the family just declared; large numbers are
+    /// written out; a path cannot smuggle in a line.
+    #[test]
+    fn metrics_are_well_formed() {
+        let text = metrics(&sample());
+        let mut family = String::new();
+        let mut samples = 0;
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# HELP ") {
+                family = rest.split(' ').next().unwrap().to_owned();
+            } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+                assert_eq!(rest, format!("{family} gauge"));
+            } else {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                assert_eq!(name.split('{').next().unwrap(), family, "{line}");
+                assert!(value.bytes().all(|b| b.is_ascii_digit()), "{line}");
+                samples += 1;
+            }
+        }
+        assert_eq!(samples, 14);
+        assert!(text.contains("stillframe_log_bytes 9\n"));
+        assert!(text.contains("stillframe_volume_size_bytes{volume=\"vm\"} 1099511627776\n"));
+        assert!(text.contains("stillframe_volume_snapshots_failed{volume=\"vm\"} 1\n"));
+        assert!(
+            text.contains("store=\"/a\\\"b\\\\c\\nstillframe_log_bytes 7\""),
+            "{text}"
+        );
+    }
+
+    /// The documented schema of `status --json`.
+    #[test]
+    fn the_report_has_the_documented_fields() {
+        let json = serde_json::to_value(sample()).unwrap();
+        for field in ["version", "pid", "store", "mountpoint", "volumes"] {
+            assert!(json.get(field).is_some(), "{field}");
+        }
+        let volume = &json["volumes"][0];
+        for field in [
+            "name",
+            "source",
+            "size",
+            "grain",
+            "state",
+            "used",
+            "reclaimable",
+            "snapshots",
+            "clones",
+            "bookmarks",
+        ] {
+            assert!(volume.get(field).is_some(), "{field}");
+        }
+        for field in ["name", "uuid", "epoch", "time", "size", "unique", "state"] {
+            assert!(volume["snapshots"][0].get(field).is_some(), "{field}");
+        }
+        assert_eq!(volume["on_full"], "fail-write");
+    }
+}

@@ -1,0 +1,20 @@
+//! The program's heart as its users meet it: through a real mount, real files and plain tools.
+//!
+//! | file | shows |
+//! | --- | --- |
+//! | `model` | 5,000 random operations of every kind against a model |
+//! | `tools` | cp, rsync, tar and dd take backups and restore them |
+//! | `filesystems` | ext4 and XFS on `live.img`: snapshots pass fsck and hold the files of their instant |
+//! | `semantics` | what only a kernel can ask: the sentences of `docs/semantics.md` about system calls |
+//!
+//! Every test has a mount of its own in a directory of its own, and leaves neither behind, also when
+//! it fails. Without `/dev/fuse` (or root, for loop devices) a test says so and passes; with
+//! `STILLFRAME_CI=1` it fails instead.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod filesystems;
+mod harness;
+mod model;
+mod semantics;
+mod tools;
