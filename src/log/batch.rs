@@ -342,6 +342,29 @@ mod tests {
         }
     }
 
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Golden bytes: a change of any of them is a new format version.
+    #[test]
+    fn golden_bytes() {
+        let keys = Keys::derive(&[3; 32], Uuid([1; 16]));
+        let (_, bytes) = sample(&keys);
+        assert_eq!(
+            hex(&bytes[..HEADER_LEN]),
+            "53466261746368310101010101010101010101010101010105000000000000004d000000000000004c000000\
+             00000000ffffffffffffffff0030000000000000030000000002000002000000020000006000000001000000\
+             28000000030000004c0000000000000000100000000000000020000000000000020202020202020202020202\
+             0202020200000000000000000000000000000000000000000000000000000000000000000000000000000000\
+             0000000000000000ec6bb95a67f9ea13"
+        );
+        assert_eq!(
+            blake3::hash(&bytes).to_hex().as_str(),
+            "1b7b2422b4d9c21640f4bf6e2caf3c862825dd17c6893f8219d985db4a7f8353"
+        );
+    }
+
     #[test]
     fn a_header_belongs_to_one_place() {
         let keys = Keys::derive(&[3; 32], Uuid([1; 16]));

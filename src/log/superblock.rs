@@ -267,6 +267,20 @@ mod tests {
         }
     }
 
+    /// Golden bytes: a change of any of them is a new format version.
+    #[test]
+    fn golden_bytes() {
+        let bytes = sample().encode();
+        let hex: String = bytes[..160].iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(
+            hex,
+            "534673757065723101000000feffffff00000000000000000000000000000000070707070707070707070707\
+             0707070709090909090909090909090909090909090909090909090909090909090909090000000400000000\
+             0500000000000000030000000000000001000000010000000100000000000000020000000000000003000000\
+             000000009324bc1a0247aba1e744cd6ef48aa4f50000000000000000"
+        );
+    }
+
     #[test]
     fn newer_stores_are_refused_by_name() {
         let bytes = Superblock {

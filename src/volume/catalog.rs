@@ -492,6 +492,25 @@ mod tests {
         assert_eq!(Catalog::decode(&catalog.encode()).unwrap(), catalog);
     }
 
+    /// Golden bytes: a change of any of them is a new format version. The sample holds a STORE, a
+    /// VOLUME and two SNAPs.
+    #[test]
+    fn golden_bytes() {
+        let bytes = sample().encode();
+        assert_eq!(bytes.len(), 752);
+        assert_eq!(
+            blake3::hash(&bytes).to_hex().as_str(),
+            "91c57f346a973b26c11b70fccc26fcf167ca8e9b2c41714dfb76a2d2945c7642"
+        );
+        let hex: String = bytes[..96].iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(
+            hex,
+            "0500000000000000300000001000000000000000000000000000000000000000000000000000000000000000\
+             0000000001000000080000008813000000000000160000009300000007000000000000000000000000000000\
+             0000000000000000"
+        );
+    }
+
     #[test]
     fn a_damaged_catalogue_is_refused_and_never_panics() {
         let bytes = sample().encode();
