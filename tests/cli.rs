@@ -317,6 +317,55 @@ fn the_whole_life() {
     b.umount();
 }
 
+/// `diff`: with and without a daemon, for people and programs, and what it refuses.
+#[test]
+fn a_diff_is_shown() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    b.mount();
+    touch(&b.file("vm/snapshots/a.img"));
+    let live = OpenOptions::new()
+        .write(true)
+        .open(b.file("vm/live.img"))
+        .unwrap();
+    live.write_all_at(&[7; 5000], 3000).unwrap();
+    live.write_all_at(&[0; 4196], SIZE - 4196).unwrap();
+    drop(live);
+    touch(&b.file("vm/snapshots/b.img"));
+    let extents = serde_json::json!([
+        {"start": 0, "length": 8192, "zero": false},
+        {"start": SIZE - 4196, "length": 4196, "zero": true},
+    ]);
+    let inside: Value =
+        serde_json::from_slice(&fs::read(b.file("vm/diffs/a..b.json")).unwrap()).unwrap();
+    for mounted in [true, false] {
+        let diff = b.json(&["diff", "vm@a..b"]);
+        assert_eq!(diff, inside);
+        assert_eq!(diff["extents"], extents);
+        assert_eq!(
+            (&diff["size"], &diff["grain"]),
+            (&SIZE.into(), &4096.into())
+        );
+        let live = b.json(&["diff", "vm@a..live"]);
+        assert_eq!(
+            (&live["extents"], &live["to_uuid"]),
+            (&extents, &Value::Null)
+        );
+        let text = b.ok(&["diff", "vm@a..b"]);
+        let first = format!("12388 of {SIZE} bytes changed, in 2 extents\n");
+        assert!(text.starts_with(&first) && text.contains(" zero"), "{text}");
+        assert!(b.ok(&["diff", "vm@b..live"]).starts_with("0 of "));
+        b.refused(&["diff", "vm@b..a"], 2);
+        b.refused(&["diff", "vm@a..a"], 2);
+        b.refused(&["diff", "vm@a..x"], 4);
+        if mounted {
+            b.umount();
+        }
+    }
+}
+
 /// Everything works without a daemon too, and `volume add` before the first mount.
 /// A hold keeps a snapshot from rm and from the command, also over a restart, until it is released.
 #[test]
@@ -995,9 +1044,7 @@ fn completions_and_manual_pages() {
     b.refused(&["man", b.at("absent").to_str().unwrap()], 4);
     // What belongs to later versions is absent, not stubbed.
     let help = b.ok(&["--help"]);
-    for later in [
-        "clone", "diff", "backup", "restore", "migrate", "bookmark", "scrub",
-    ] {
+    for later in ["clone", "backup", "restore", "migrate", "bookmark", "scrub"] {
         assert!(!help.contains(later), "{later}: {help}");
         assert_eq!(b.run(&[later]).status.code(), Some(2), "{later}");
     }

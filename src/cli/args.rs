@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::daemon::protocol::Choices;
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::image::diff::LIVE;
 use crate::units::{Grain, Name, escape};
 use crate::volume::OnFull;
 
@@ -93,6 +94,35 @@ pub fn snapshot(text: &str) -> Result<SnapshotArg, String> {
     Ok(SnapshotArg {
         volume: checked(volume)?,
         name: checked(name)?,
+    })
+}
+
+/// `VOL@A..B`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiffArg {
+    /// The volume.
+    pub volume: String,
+    /// The older snapshot.
+    pub from: String,
+    /// The newer snapshot, or `live`.
+    pub to: String,
+}
+
+/// Reads `VOL@A..B`; B may be `live`.
+///
+/// # Errors
+/// One line for the argument parser.
+pub fn diff(text: &str) -> Result<DiffArg, String> {
+    let how = "a diff is written VOLUME@OLDER..NEWER or VOLUME@OLDER..live";
+    let (volume, ends) = text.split_once('@').ok_or(how)?;
+    let (from, to) = ends.split_once("..").ok_or(how)?;
+    Ok(DiffArg {
+        volume: checked(volume)?,
+        from: checked(from)?,
+        to: match to {
+            LIVE => LIVE.to_owned(),
+            to => checked(to)?,
+        },
     })
 }
 
@@ -234,6 +264,20 @@ mod tests {
         );
         for bad in ["vm", "vm@", "@x", "vm@a@b", "vm@live", "../x@y", "vm@a/b"] {
             assert!(snapshot(bad).is_err(), "{bad}");
+        }
+        let good = diff("vm@a.b..live").unwrap();
+        assert_eq!((good.from.as_str(), good.to.as_str()), ("a.b", "live"));
+        assert_eq!(diff("vm@a..b-1").unwrap().to, "b-1");
+        for bad in [
+            "vm",
+            "vm@a",
+            "vm@a..",
+            "vm@..b",
+            "vm@live..b",
+            "vm@a..b..c",
+            "a..b",
+        ] {
+            assert!(diff(bad).is_err(), "{bad}");
         }
         let good = volume("vm=/a=b").unwrap();
         assert_eq!((good.name.as_str(), good.source.as_str()), ("vm", "/a=b"));

@@ -8,6 +8,7 @@ pub mod args;
 pub mod check;
 pub mod completions;
 pub mod demo;
+pub mod diff;
 pub mod doctor;
 pub mod exit;
 pub mod interrupt;
@@ -62,6 +63,8 @@ pub enum Command {
     /// Points in time
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
+    /// Show what changed between two points in time
+    Diff(diff::DiffArgs),
     /// Show the state of a store
     Status(status::StatusArgs),
     /// Check a store that is not mounted
@@ -115,6 +118,7 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Umount(args) => done(umount::run(args)),
         Command::Volume(command) => done(volume::run(command, &store()?)),
         Command::Snapshot(command) => done(snapshot::run(command, &store()?)),
+        Command::Diff(args) => done(diff::run(args, &store()?)),
         Command::Status(args) => done(status::run(args, &store()?)),
         Command::Check(args) => check::run(args, &store()?),
         Command::Doctor(args) => doctor::run(args, &store()?),

@@ -4,10 +4,15 @@
 //! a source that would be hidden by the mount, or that is part of the store, is refused. Unmounting
 //! is not a job of a store: `daemon::serve` does it.
 
+use std::sync::Arc;
+
 use crate::daemon::places;
 use crate::daemon::protocol::{Answer, Choices, Request, SnapshotRow, VolumeRow};
 use crate::daemon::status::{self, Place};
 use crate::error::{Error, Kind, Result};
+use crate::image::Image;
+use crate::image::diff::{DiffList, LIVE, extents};
+use crate::image::live::LiveImage;
 use crate::units::{Grain, Name};
 use crate::volume::{Engine, OnFull, VolumeOptions};
 
@@ -42,6 +47,9 @@ pub fn run(engine: &Engine, place: &Place, request: &Request) -> Result<Answer> 
         Request::SnapshotRename { volume, name, new } => engine
             .rename_snapshot(&Name::new(volume)?, &Name::new(name)?, &Name::new(new)?)
             .map(|()| Answer::Done),
+        Request::Diff { volume, from, to } => {
+            diff(engine, &Name::new(volume)?, &Name::new(from)?, to)
+        }
         Request::Unmount { .. } => Err(Error::new(Kind::Locked, "no daemon serves this store")),
     }
 }
@@ -131,6 +139,32 @@ fn take(engine: &Engine, targets: &[(String, String)]) -> Result<Answer> {
     Ok(Answer::Snapshots(
         taken.iter().map(status::snapshot_row).collect(),
     ))
+}
+
+/// The points are held while their difference is looked at, so that it is of what was named.
+fn diff(engine: &Engine, volume: &Name, from: &Name, to: &str) -> Result<Answer> {
+    let older = engine.open_snapshot(volume, from)?;
+    let (diff, image): (_, Arc<dyn Image>) = match to {
+        LIVE => {
+            let image = LiveImage::new(engine.volume(volume)?);
+            (engine.diff(volume, from, None)?, Arc::new(image))
+        }
+        to => {
+            let to = Name::new(to)?;
+            let newer = engine.open_snapshot(volume, &to)?;
+            let diff = engine.diff(volume, from, Some(&to))?;
+            if diff.to.as_ref().map(|to| to.uuid) != Some(newer.info().uuid) {
+                return Err(Error::new(Kind::Busy, "a snapshot was just renamed"));
+            }
+            (diff, newer)
+        }
+    };
+    if diff.from.uuid != older.info().uuid {
+        return Err(Error::new(Kind::Busy, "a snapshot was just renamed"));
+    }
+    let extents = extents(&*image, &diff)?;
+    let list = DiffList::new(&diff, extents);
+    Ok(Answer::Diff(Box::new(list)))
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
+use crate::image::diff::DiffList;
 use crate::volume::OnFull;
 
 /// Longest request line in bytes.
@@ -118,6 +119,15 @@ pub enum Request {
         /// Its new name.
         new: String,
     },
+    /// What changed between two points.
+    Diff {
+        /// Volume.
+        volume: String,
+        /// The older snapshot.
+        from: String,
+        /// The newer snapshot, or `live`.
+        to: String,
+    },
     /// Unmounts, closes the store and ends the daemon.
     Unmount {
         /// How.
@@ -139,6 +149,8 @@ pub enum Answer {
     Volumes(Vec<VolumeRow>),
     /// To `SnapshotCreate` and `SnapshotList`.
     Snapshots(Vec<SnapshotRow>),
+    /// To `Diff`.
+    Diff(Box<DiffList>),
 }
 
 /// A line from the daemon.

@@ -43,14 +43,20 @@ pub(super) struct Adapter {
     /// For changes of the catalogue: a disk full of waiting writers must not keep somebody from
     /// deleting a snapshot.
     catalogue: Option<Pool>,
+    /// For looks at files whose size is only known after reading: they keep nobody else waiting.
+    views: Option<Pool>,
 }
 
+/// A look at a file whose size is only known after reading.
+const VIEW: &str = "view";
+
 impl Adapter {
-    pub fn new(tree: Arc<Tree>, pool: Pool, catalogue: Pool) -> Adapter {
+    pub fn new(tree: Arc<Tree>, pool: Pool, catalogue: Pool, views: Pool) -> Adapter {
         Adapter {
             tree,
             pool: Some(pool),
             catalogue: Some(catalogue),
+            views: Some(views),
         }
     }
 
@@ -59,6 +65,7 @@ impl Adapter {
         let tree = Arc::clone(&self.tree);
         let pool = match operation {
             "create" | "unlink" | "rename" => &self.catalogue,
+            VIEW => &self.views,
             _ => &self.pool,
         };
         if let Some(pool) = pool {
@@ -113,13 +120,16 @@ impl Filesystem for Adapter {
     fn destroy(&mut self) {
         self.pool = None;
         self.catalogue = None;
+        self.views = None;
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        guarded("lookup", || {
-            let found = self.tree.lookup(NodeId(parent.0), &name.to_string_lossy());
-            entry("lookup", parent, found, reply);
-        });
+        let (id, name) = (NodeId(parent.0), name.to_string_lossy().into_owned());
+        let answer = move |tree: &Tree| entry("lookup", parent, tree.lookup(id, &name), reply);
+        match self.tree.reads_to_look(id) {
+            true => self.defer(VIEW, answer),
+            false => guarded("lookup", || answer(&self.tree)),
+        }
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
@@ -127,9 +137,12 @@ impl Filesystem for Adapter {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        guarded("getattr", || {
-            attributes("getattr", ino, self.tree.getattr(NodeId(ino.0)), reply);
-        });
+        let id = NodeId(ino.0);
+        let answer = move |tree: &Tree| attributes("getattr", ino, tree.getattr(id), reply);
+        match self.tree.reads_to_look(id) {
+            true => self.defer(VIEW, answer),
+            false => guarded("getattr", || answer(&self.tree)),
+        }
     }
 
     fn setattr(
@@ -283,12 +296,15 @@ impl Filesystem for Adapter {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        guarded("open", || {
-            match self.tree.open(NodeId(ino.0), wire::open_flags(flags)) {
-                Ok(opened) => reply.opened(FileHandle(opened.handle.0), fopen(opened)),
-                Err(e) => reply.error(answer("open", ino.0, &e)),
-            }
-        });
+        let id = NodeId(ino.0);
+        let run = move |tree: &Tree| match tree.open(id, wire::open_flags(flags)) {
+            Ok(opened) => reply.opened(FileHandle(opened.handle.0), fopen(opened)),
+            Err(e) => reply.error(answer("open", ino.0, &e)),
+        };
+        match self.tree.reads_to_look(id) {
+            true => self.defer(VIEW, run),
+            false => guarded("open", || run(&self.tree)),
+        }
     }
 
     fn read(

@@ -73,6 +73,9 @@ pub struct SessionHandle {
 /// Workers for changes of the catalogue, which go one after another in the engine anyway.
 const CATALOGUE_WORKERS: usize = 4;
 
+/// Workers for looks at files whose size is only known after reading (diffs).
+const VIEW_WORKERS: usize = 2;
+
 /// Starts to serve a tree over a descriptor of `/dev/fuse` that is mounted already. Returns when the
 /// kernel and we have agreed on a protocol; requests are served from then on.
 ///
@@ -85,11 +88,12 @@ pub fn serve(fd: OwnedFd, tree: Arc<Tree>, options: Options) -> Result<SessionHa
             .map_err(|e| Error::with_source(Kind::Limit, "cannot start worker threads", e))
     };
     let (pool, catalogue) = (start(options.workers.max(1))?, start(CATALOGUE_WORKERS)?);
+    let views = start(VIEW_WORKERS)?;
     let mut config = Config::default();
     config.acl = SessionACL::All;
     config.n_threads = Some(options.event_threads.max(1));
     let session = Session::from_fd(
-        Adapter::new(tree, pool, catalogue),
+        Adapter::new(tree, pool, catalogue, views),
         fd,
         SessionACL::All,
         config,

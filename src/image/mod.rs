@@ -9,7 +9,9 @@
 //!
 //! Does not: cache, lock, or know names. Writing is only possible through [`live::LiveImage`].
 
+pub mod diff;
 pub mod live;
+pub mod qcow2;
 pub mod rewrite;
 
 use std::ops::Range;

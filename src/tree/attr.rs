@@ -8,9 +8,11 @@ use crate::image::Image;
 use crate::image::live::LiveImage;
 use crate::sys::disk::Space;
 use crate::tree::Tree;
+use crate::tree::diffs::{DiffNode, Format};
 use crate::tree::handle::Handle;
 use crate::tree::node::{
-    CONTROL, Node, ROOT, live_node, snapshots_node, status_entry, volume_directory,
+    CONTROL, Node, ROOT, VolumeNode, diffs_node, live_node, snapshots_node, status_entry,
+    volume_directory,
 };
 use crate::tree::types::{Attr, FileKind, HandleId, NodeId, Result, SetAttr, TreeError};
 use crate::units::SECTOR;
@@ -64,7 +66,7 @@ impl Tree {
                 })
             }
             Node::VolumeDirectory(v) => {
-                self.directory(volume_directory(v.info.ino_base), 1, v.info.added_ns)
+                self.directory(volume_directory(v.info.ino_base), 2, v.info.added_ns)
             }
             Node::Live(v) => {
                 let image = LiveImage::new(v.volume.clone());
@@ -82,16 +84,36 @@ impl Tree {
                 })
             }
             Node::Snapshots(v) => {
-                let taken = self.engine.snapshots(&v.info.name)?;
-                let newest = taken
-                    .iter()
-                    .map(|s| s.taken_ns)
-                    .max()
-                    .unwrap_or(v.info.added_ns);
-                self.directory(snapshots_node(v.info.ino_base), 0, newest)
+                self.directory(snapshots_node(v.info.ino_base), 0, self.newest(v)?)
             }
             Node::Snapshot { info, linked } => self.snapshot_attr(info, *linked),
+            Node::Diffs(v) => self.directory(diffs_node(v.info.ino_base), 0, self.newest(v)?),
+            Node::Diff(diff) => self.diff_attr(diff)?,
         })
+    }
+
+    /// The instant of the newest snapshot of a volume, else when the volume was added.
+    fn newest(&self, v: &VolumeNode) -> Result<i64> {
+        let taken = self.engine.snapshots(&v.info.name)?;
+        let newest = taken.iter().map(|s| s.taken_ns).max();
+        Ok(newest.unwrap_or(v.info.added_ns))
+    }
+
+    fn diff_attr(&self, diff: &DiffNode) -> Result<Attr> {
+        let size = self.diff_size(diff)?;
+        let taken = diff.to.as_ref().map(|to| to.taken_ns);
+        let time_ns = taken.unwrap_or_else(|| self.status.now_ns());
+        Ok(self.file(FileFacts {
+            node: diff.id()?,
+            mode: MODE_READ_ONLY,
+            nlink: u32::from(diff.linked),
+            size,
+            allocated: size,
+            mtime_ns: time_ns,
+            ctime_ns: time_ns,
+            // The length of a JSON changes with the names in it.
+            fixed: diff.format == Format::Qcow2,
+        }))
     }
 
     pub(super) fn snapshot_attr(&self, info: &SnapshotInfo, linked: bool) -> Attr {
@@ -178,10 +200,14 @@ impl Tree {
     ) -> Result<()> {
         match node {
             Node::Live(_) => {}
-            Node::Snapshot { .. } | Node::Status(_) => return Err(TreeError::ReadOnly),
-            Node::Root | Node::Control | Node::VolumeDirectory(_) | Node::Snapshots(_) => {
-                return Err(TreeError::IsDirectory);
+            Node::Snapshot { .. } | Node::Status(_) | Node::Diff(_) => {
+                return Err(TreeError::ReadOnly);
             }
+            Node::Root
+            | Node::Control
+            | Node::VolumeDirectory(_)
+            | Node::Snapshots(_)
+            | Node::Diffs(_) => return Err(TreeError::IsDirectory),
         }
         if size != attr.size {
             return Err(refused(
@@ -211,7 +237,9 @@ impl Tree {
             | Node::Control
             | Node::Status(_)
             | Node::VolumeDirectory(_)
-            | Node::Snapshots(_) => Err(refused("times are fixed")),
+            | Node::Snapshots(_)
+            | Node::Diffs(_)
+            | Node::Diff(_) => Err(refused("times are fixed")),
         }
     }
 

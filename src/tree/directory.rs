@@ -10,8 +10,8 @@ use crate::error::Kind;
 use crate::tree::Tree;
 use crate::tree::handle::{Handle, SnapshotHandle};
 use crate::tree::node::{
-    CONTROL, CONTROL_NAME, LIVE_NAME, Node, ROOT, SNAPSHOTS_NAME, VolumeNode, live_node,
-    snapshots_node, status_entry, volume_directory,
+    CONTROL, CONTROL_NAME, DIFFS_NAME, LIVE_NAME, Node, ROOT, SNAPSHOTS_NAME, VolumeNode,
+    diffs_node, live_node, snapshots_node, status_entry, volume_directory,
 };
 use crate::tree::types::{
     Attr, Caching, DirEntry, FileKind, HandleId, NodeId, Opened, RenameMode, Result, StatusFile,
@@ -21,7 +21,7 @@ use crate::units::{Name, escape};
 use crate::volume::VolumeInfo;
 
 /// What a snapshot's file name ends with.
-const IMAGE_SUFFIX: &str = ".img";
+pub(super) const IMAGE_SUFFIX: &str = ".img";
 
 /// Cookie of `.`; `..` has the next one, every other entry its inode number and this on top, which
 /// is above both.
@@ -48,13 +48,15 @@ impl Tree {
             }
             Node::VolumeDirectory(v) if name == LIVE_NAME => Node::Live(v),
             Node::VolumeDirectory(v) if name == SNAPSHOTS_NAME => Node::Snapshots(v),
+            Node::VolumeDirectory(v) if name == DIFFS_NAME => Node::Diffs(v),
             Node::VolumeDirectory(_) => return Err(absent(name)),
+            Node::Diffs(v) => self.diff_named(v, name)?,
             Node::Snapshots(v) => {
                 let snapshot = snapshot_name(name).map_err(|_| absent(name))?;
                 let info = self.engine.snapshot(&v.info.name, &snapshot)?;
                 Node::Snapshot { info, linked: true }
             }
-            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } => {
+            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_) => {
                 return Err(TreeError::NotDirectory);
             }
         };
@@ -113,6 +115,7 @@ impl Tree {
     fn list(&self, id: NodeId) -> Result<Vec<DirEntry>> {
         use FileKind::{Directory, File};
         let mut parent = ROOT;
+        let mut cookies = None;
         let mut entries: Vec<(NodeId, FileKind, String)> = match self.resolve(id)? {
             Node::Root => {
                 let volume = |info: VolumeInfo| {
@@ -140,6 +143,11 @@ impl Tree {
                     Directory,
                     SNAPSHOTS_NAME.to_owned(),
                 ),
+                (
+                    diffs_node(v.info.ino_base),
+                    Directory,
+                    DIFFS_NAME.to_owned(),
+                ),
             ],
             Node::Snapshots(v) => {
                 parent = volume_directory(v.info.ino_base);
@@ -150,12 +158,22 @@ impl Tree {
                     .map(|s| (NodeId(s.ino), File, file(&s.name)))
                     .collect()
             }
-            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } => {
+            Node::Diffs(v) => {
+                parent = volume_directory(v.info.ino_base);
+                let names = self.diff_names(&v)?;
+                // Their numbers are larger than a cookie may be.
+                cookies = Some(names.iter().map(|n| n.1).collect::<Vec<_>>());
+                names.into_iter().map(|n| (n.0, File, n.2)).collect()
+            }
+            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_) => {
                 return Err(TreeError::NotDirectory);
             }
         };
-        // Ascending by number, so that the cookie of an entry only depends on the entry.
-        entries.sort_by_key(|(node, ..)| *node);
+        if cookies.is_none() {
+            // Ascending by number, so that the cookie of an entry only depends on the entry.
+            entries.sort_by_key(|(node, ..)| *node);
+        }
+        let cookies = cookies.unwrap_or_else(|| entries.iter().map(|e| e.0.0).collect());
         let dots = [(id, ".", COOKIE_DOT), (parent, "..", COOKIE_DOT + 1)];
         let dots = dots.map(|(node, name, cookie)| DirEntry {
             node,
@@ -163,11 +181,12 @@ impl Tree {
             name: name.to_owned(),
             cookie,
         });
-        let entries = entries.into_iter().map(|(node, kind, name)| DirEntry {
+        let entries = entries.into_iter().zip(cookies);
+        let entries = entries.map(|((node, kind, name), cookie)| DirEntry {
             node,
             kind,
             name,
-            cookie: node.0 + COOKIE_BASE,
+            cookie: cookie + COOKIE_BASE,
         });
         Ok(dots.into_iter().chain(entries).collect())
     }
@@ -258,10 +277,12 @@ impl Tree {
     fn snapshots_directory(&self, parent: NodeId, why: &str) -> Result<VolumeNode> {
         match self.resolve(parent)? {
             Node::Snapshots(volume) => Ok(volume),
-            Node::Root | Node::Control | Node::VolumeDirectory(_) => {
+            Node::Root | Node::Control | Node::VolumeDirectory(_) | Node::Diffs(_) => {
                 Err(TreeError::new(Kind::Permission, why))
             }
-            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } => Err(TreeError::NotDirectory),
+            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_) => {
+                Err(TreeError::NotDirectory)
+            }
         }
     }
 }
@@ -277,6 +298,6 @@ fn snapshot_name(file: &str) -> Result<Name> {
     }
 }
 
-fn absent(name: &str) -> TreeError {
+pub(super) fn absent(name: &str) -> TreeError {
     TreeError::new(Kind::NotFound, format!("no entry '{}'", escape(name)))
 }

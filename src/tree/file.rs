@@ -28,7 +28,12 @@ impl Tree {
     pub fn open(&self, id: NodeId, flags: OpenFlags) -> Result<Opened> {
         let node = self.resolve(id)?;
         let writes = flags.write || flags.truncate;
-        if writes && matches!(node, Node::Status(_) | Node::Snapshot { .. }) {
+        if writes
+            && matches!(
+                node,
+                Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_)
+            )
+        {
             return Err(TreeError::ReadOnly);
         }
         let (handle, caching) = match node {
@@ -55,9 +60,13 @@ impl Tree {
                 };
                 (Handle::Snapshot(handle), Caching::Immutable)
             }
-            Node::Root | Node::Control | Node::VolumeDirectory(_) | Node::Snapshots(_) => {
-                return Err(TreeError::IsDirectory);
-            }
+            // Not cached: if an end fails, the file must.
+            Node::Diff(diff) => (self.open_diff(*diff)?, Caching::None),
+            Node::Root
+            | Node::Control
+            | Node::VolumeDirectory(_)
+            | Node::Snapshots(_)
+            | Node::Diffs(_) => return Err(TreeError::IsDirectory),
         };
         Ok(Opened {
             handle: self.handles.insert(handle)?,
@@ -73,7 +82,8 @@ impl Tree {
         match &*self.handles.get(handle)? {
             Handle::Live(live) => Ok(live.image.size()),
             Handle::Snapshot(h) => Ok(Image::size(&*h.snapshot)),
-            Handle::Status(bytes) => Ok(bytes.len() as u64),
+            Handle::Diff(h) => Ok(h.image.size()),
+            Handle::Status(bytes) | Handle::DiffJson { bytes, .. } => Ok(bytes.len() as u64),
             Handle::Directory { .. } => Err(TreeError::IsDirectory),
         }
     }
@@ -87,7 +97,13 @@ impl Tree {
         let image: &dyn Image = match &*handle {
             Handle::Live(live) => &live.image,
             Handle::Snapshot(h) => &*h.snapshot,
-            Handle::Status(bytes) => return Ok(read_bytes(bytes, offset, buf)),
+            Handle::Diff(h) => {
+                h.check()?;
+                &h.image
+            }
+            Handle::Status(bytes) | Handle::DiffJson { bytes, .. } => {
+                return Ok(read_bytes(bytes, offset, buf));
+            }
             Handle::Directory { .. } => return Err(TreeError::IsDirectory),
         };
         let len = available(image.size(), offset, buf.len());
@@ -183,7 +199,11 @@ impl Tree {
     pub fn flush(&self, handle: HandleId) -> Result<()> {
         match &*self.handles.get(handle)? {
             Handle::Live(live) => live.flush(),
-            Handle::Snapshot(_) | Handle::Status(_) | Handle::Directory { .. } => Ok(()),
+            Handle::Snapshot(_)
+            | Handle::Status(_)
+            | Handle::Diff(_)
+            | Handle::DiffJson { .. }
+            | Handle::Directory { .. } => Ok(()),
         }
     }
 
@@ -195,7 +215,11 @@ impl Tree {
     pub fn fsync(&self, handle: HandleId) -> Result<()> {
         match &*self.handles.get(handle)? {
             Handle::Live(live) => live.sync(),
-            Handle::Snapshot(_) | Handle::Status(_) | Handle::Directory { .. } => Ok(()),
+            Handle::Snapshot(_)
+            | Handle::Status(_)
+            | Handle::Diff(_)
+            | Handle::DiffJson { .. }
+            | Handle::Directory { .. } => Ok(()),
         }
     }
 
@@ -217,7 +241,10 @@ impl Tree {
         let image: &dyn Image = match &*handle {
             Handle::Live(live) => &live.image,
             Handle::Snapshot(h) => &*h.snapshot,
-            Handle::Status(bytes) => return seek_bytes(bytes.len() as u64, offset, what),
+            Handle::Diff(h) => &h.image,
+            Handle::Status(bytes) | Handle::DiffJson { bytes, .. } => {
+                return seek_bytes(bytes.len() as u64, offset, what);
+            }
             Handle::Directory { .. } => return Err(TreeError::IsDirectory),
         };
         let size = image.size();
@@ -288,7 +315,9 @@ fn writable(handle: &Arc<Handle>) -> Result<&LiveHandle> {
     match &**handle {
         Handle::Live(live) if live.writable => Ok(live),
         Handle::Live(_) => Err(TreeError::BadHandle),
-        Handle::Snapshot(_) | Handle::Status(_) => Err(TreeError::ReadOnly),
+        Handle::Snapshot(_) | Handle::Status(_) | Handle::Diff(_) | Handle::DiffJson { .. } => {
+            Err(TreeError::ReadOnly)
+        }
         Handle::Directory { .. } => Err(TreeError::IsDirectory),
     }
 }

@@ -8,8 +8,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::image::Image;
 use crate::image::live::LiveImage;
 use crate::image::rewrite::Rewrite;
+use crate::tree::diffs::{DiffHandle, DiffNode};
 use crate::tree::types::{DirEntry, HandleId, NodeId, Result, TreeError};
 use crate::volume::Snapshot;
 
@@ -41,6 +43,13 @@ pub(super) enum Handle {
     Live(LiveHandle),
     Snapshot(SnapshotHandle),
     Status(Vec<u8>),
+    /// A diff as qcow2.
+    Diff(DiffHandle),
+    /// A diff as JSON, rendered when it was opened.
+    DiffJson {
+        node: DiffNode,
+        bytes: Vec<u8>,
+    },
     Directory {
         node: NodeId,
         listing: Mutex<Vec<DirEntry>>,
@@ -94,6 +103,32 @@ impl Handles {
     pub fn is_creator(&self, node: NodeId, process: u32) -> bool {
         self.find_snapshot(|h| (h.node == node && h.creator == Some(process)).then_some(()))
             .is_some()
+    }
+
+    /// An open diff whose ends may have lost their names.
+    pub fn open_diff(&self, id: NodeId) -> Option<DiffNode> {
+        let (node, _) = self.find_diff(id)?;
+        Some(DiffNode {
+            linked: false,
+            ..node
+        })
+    }
+
+    /// Bytes of an open diff.
+    pub fn open_diff_size(&self, id: NodeId) -> Option<u64> {
+        self.find_diff(id).map(|(_, size)| size)
+    }
+
+    fn find_diff(&self, id: NodeId) -> Option<(DiffNode, u64)> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.values().find_map(|handle| {
+            let (node, size) = match &**handle {
+                Handle::Diff(h) => (&h.node, h.image.size()),
+                Handle::DiffJson { node, bytes } => (node, bytes.len() as u64),
+                _ => return None,
+            };
+            (node.id().ok()? == id).then(|| (node.clone(), size))
+        })
     }
 
     fn find_snapshot<T>(&self, pick: impl Fn(&SnapshotHandle) -> Option<T>) -> Option<T> {

@@ -7,6 +7,9 @@
 //!     live.img             ino_base + 1
 //!     snapshots/           ino_base + 2
 //!       <name>.img         SnapshotInfo.ino
+//!     diffs/               ino_base + 4
+//!       <a>..<b>.qcow2     from the numbers of both snapshots, bit 63 set
+//!       <a>..<b>.json      the same, bit 62 set too
 //! ```
 //!
 //! `docs/semantics.md` states every operation on every node, one sentence a line; this module is
@@ -24,6 +27,7 @@
 //! call into the engine. All methods may be called from any thread.
 
 mod attr;
+mod diffs;
 mod directory;
 mod file;
 #[cfg(test)]
@@ -39,6 +43,7 @@ use std::sync::Arc;
 
 use crate::volume::Engine;
 
+use diffs::Computed;
 use handle::Handles;
 use node::Nodes;
 
@@ -60,6 +65,7 @@ pub struct Tree {
     gid: u32,
     nodes: Nodes,
     handles: Handles,
+    computed: Computed,
 }
 
 impl Tree {
@@ -72,6 +78,7 @@ impl Tree {
             gid,
             nodes: Nodes::default(),
             handles: Handles::default(),
+            computed: Computed::default(),
         }
     }
 

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Kind;
 use crate::tree::Tree;
+use crate::tree::diffs::DiffNode;
 use crate::tree::types::{FileKind, NodeId, Result, StatusFile, TreeError};
 use crate::units::Name;
 use crate::volume::{SnapshotInfo, Volume, VolumeInfo};
@@ -32,9 +33,12 @@ pub(super) const CONTROL_NAME: &str = ".stillframe";
 pub(super) const LIVE_NAME: &str = "live.img";
 /// Name of a volume's directory of snapshots.
 pub(super) const SNAPSHOTS_NAME: &str = "snapshots";
+/// Name of a volume's directory of diffs.
+pub(super) const DIFFS_NAME: &str = "diffs";
 
 const LIVE_OFFSET: u64 = 1;
 const SNAPSHOTS_OFFSET: u64 = 2;
+const DIFFS_OFFSET: u64 = 4;
 
 /// The directory of a volume with this base.
 pub fn volume_directory(ino_base: u64) -> NodeId {
@@ -47,6 +51,10 @@ pub(super) fn live_node(ino_base: u64) -> NodeId {
 
 pub(super) fn snapshots_node(ino_base: u64) -> NodeId {
     NodeId(ino_base + SNAPSHOTS_OFFSET)
+}
+
+pub(super) fn diffs_node(ino_base: u64) -> NodeId {
+    NodeId(ino_base + DIFFS_OFFSET)
 }
 
 /// The name and node of a status file.
@@ -72,6 +80,8 @@ pub(super) enum Node {
     VolumeDirectory(VolumeNode),
     Live(VolumeNode),
     Snapshots(VolumeNode),
+    Diffs(VolumeNode),
+    Diff(Box<DiffNode>),
     /// `linked` is false for a deleted snapshot that is still open.
     Snapshot {
         info: SnapshotInfo,
@@ -82,10 +92,14 @@ pub(super) enum Node {
 impl Node {
     pub fn kind(&self) -> FileKind {
         match self {
-            Node::Root | Node::Control | Node::VolumeDirectory(_) | Node::Snapshots(_) => {
-                FileKind::Directory
+            Node::Root
+            | Node::Control
+            | Node::VolumeDirectory(_)
+            | Node::Snapshots(_)
+            | Node::Diffs(_) => FileKind::Directory,
+            Node::Status(_) | Node::Live(_) | Node::Snapshot { .. } | Node::Diff(_) => {
+                FileKind::File
             }
-            Node::Status(_) | Node::Live(_) | Node::Snapshot { .. } => FileKind::File,
         }
     }
 }
@@ -96,6 +110,8 @@ enum Known {
     /// Any of a volume's own nodes.
     Volume(Name),
     Snapshot(Name, Name),
+    /// A diff of two points of this volume; its number says which.
+    Diff(Name),
 }
 
 struct Entry {
@@ -119,9 +135,10 @@ impl Nodes {
     pub fn remember(&self, id: NodeId, node: &Node) {
         let known = match node {
             Node::Root | Node::Control | Node::Status(_) => return,
-            Node::VolumeDirectory(v) | Node::Live(v) | Node::Snapshots(v) => {
+            Node::VolumeDirectory(v) | Node::Live(v) | Node::Snapshots(v) | Node::Diffs(v) => {
                 Known::Volume(v.info.name.clone())
             }
+            Node::Diff(diff) => Known::Diff(diff.volume.info.name.clone()),
             Node::Snapshot { info, .. } => Known::Snapshot(info.volume.clone(), info.name.clone()),
         };
         let mut table = self.lock();
@@ -166,6 +183,13 @@ impl Tree {
         self.nodes.forget(node, count);
     }
 
+    /// Whether looking at a node, or a name in it, may read content: the size of a diff is only known
+    /// once its changed grains were read. The caller then lets nobody else wait for it.
+    pub fn reads_to_look(&self, node: NodeId) -> bool {
+        const DIFF_BIT: u64 = 1 << 63;
+        node.0 & DIFF_BIT != 0 || matches!(self.resolve(node), Ok(Node::Diffs(_)))
+    }
+
     /// Number of nodes the kernel knows besides the fixed ones, for status.
     pub fn known_nodes(&self) -> usize {
         self.nodes.len()
@@ -182,6 +206,7 @@ impl Tree {
         match self.nodes.known(id) {
             Some(Known::Volume(name)) => self.resolve_volume(id, &name),
             Some(Known::Snapshot(volume, name)) => self.resolve_snapshot(id, &volume, &name),
+            Some(Known::Diff(volume)) => self.resolve_diff(id, &volume),
             None => self.resolve_open(id),
         }
     }
@@ -195,6 +220,8 @@ impl Tree {
             Ok(Node::Live(node))
         } else if id == snapshots_node(base) {
             Ok(Node::Snapshots(node))
+        } else if id == diffs_node(base) {
+            Ok(Node::Diffs(node))
         } else {
             Err(gone(id))
         }

@@ -1,5 +1,6 @@
 //! The tree over a real engine, without a mount: the sentences of `docs/semantics.md`.
 
+mod diffs;
 mod facts;
 mod faults;
 mod whole_image;
@@ -112,7 +113,8 @@ fn pattern(len: usize, seed: u8) -> Vec<u8> {
 fn the_mount_shows_volumes_and_nothing_that_does_not_work() {
     let w = world();
     assert_eq!(w.names(""), [".", "..", ".stillframe", "odd", "vm"]);
-    assert_eq!(w.names("vm"), [".", "..", "live.img", "snapshots"]);
+    assert_eq!(w.names("vm"), [".", "..", "live.img", "snapshots", "diffs"]);
+    assert_eq!(w.names("vm/diffs"), [".", ".."]);
     assert_eq!(w.names("vm/snapshots"), [".", ".."]);
     assert_eq!(
         w.names(".stillframe"),
@@ -121,7 +123,8 @@ fn the_mount_shows_volumes_and_nothing_that_does_not_work() {
     for absent in [
         "nope",
         "vm/clones",
-        "vm/diffs",
+        "vm/diffs/a.img",
+        "vm/diffs/a..b.json",
         "vm/snapshots/a.img",
         ".stillframe/x",
         "a b",
@@ -151,7 +154,7 @@ fn attributes_are_those_of_the_contract() {
             w.walk("vm").unwrap().nlink,
             w.walk("vm/snapshots").unwrap().nlink
         ),
-        (3, 2)
+        (4, 2)
     );
     let live = w.walk("odd/live.img").unwrap();
     assert_eq!((live.mode, live.nlink, live.size), (0o600, 1, World::ODD));
@@ -298,7 +301,7 @@ fn a_deleted_snapshot_is_readable_while_open_and_gone_after() {
 #[test]
 fn nothing_else_can_be_made_or_removed() {
     let w = world();
-    for parent in ["", "vm", "vm/snapshots", ".stillframe"] {
+    for parent in ["", "vm", "vm/snapshots", "vm/diffs", ".stillframe"] {
         let refused = w.tree.refuse_name(w.node(parent));
         assert_eq!(kind(refused.unwrap_err()), Kind::Permission, "{parent}");
     }

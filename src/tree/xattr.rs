@@ -67,7 +67,9 @@ impl Tree {
             | Node::Control
             | Node::Status(_)
             | Node::VolumeDirectory(_)
-            | Node::Snapshots(_) => Vec::new(),
+            | Node::Snapshots(_)
+            | Node::Diffs(_)
+            | Node::Diff(_) => Vec::new(),
         })
     }
 }

@@ -5,7 +5,8 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::record::{Record, RecordType};
-use crate::units::{Name, Uuid, VOLUME_SIZE_MAX};
+use crate::map::GrainSet;
+use crate::units::{Epoch, Name, Uuid, VOLUME_SIZE_MAX, VolumeId};
 use crate::volume::catalog::{INO_PER_VOLUME, SnapEntry, Trust, VolumeEntry, volume_record};
 use crate::volume::facts::{Environment, Settings, SnapshotInfo, VolumeOptions, VolumeState};
 use crate::volume::live::{Volume, flush};
@@ -324,6 +325,16 @@ impl Engine {
     /// `NotFound`.
     pub fn open_snapshot(&self, volume: &Name, name: &Name) -> Result<Arc<Snapshot>> {
         snapshots::open(&self.shared, volume, name)
+    }
+
+    /// The grains changed in the epochs `from <= e < to`, to the newest without a `to`.
+    pub(in crate::volume) fn changed_grains(
+        &self,
+        volume: VolumeId,
+        from: Epoch,
+        to: Option<Epoch>,
+    ) -> GrainSet {
+        self.shared.map.changed_between(volume, from, to)
     }
 
     /// Does background work that is due (checkpoint, reclaim, seal); returns whether there was any.

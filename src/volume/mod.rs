@@ -19,6 +19,7 @@
 //! log's own, `catalog`, a volume's `state`, the map's own. None of the last three is held over I/O.
 
 mod catalog;
+mod diffs;
 mod engine;
 mod facts;
 mod live;
@@ -30,6 +31,7 @@ mod shared;
 mod snapshots;
 mod space;
 
+pub use crate::volume::diffs::{DIFF_RUNS_MAX, Diff};
 pub use crate::volume::engine::Engine;
 pub use crate::volume::facts::{
     Environment, OnFull, Settings, SnapshotInfo, SnapshotState, Sources, VolumeInfo, VolumeOptions,

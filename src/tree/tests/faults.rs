@@ -85,13 +85,20 @@ fn a_snapshot_that_could_not_be_kept_answers_no_byte_and_can_be_deleted() {
     // Life goes on: another one can be taken, and this one removed.
     w.touch("vm", "b.img");
     w.write("vm/live.img", 0, &pattern(8192, 30));
+    w.touch("vm", "c.img");
+    for name in ["a..b.qcow2", "a..b.json", "a..c.json", "a..live.json"] {
+        let refused = w.walk(&format!("vm/diffs/{name}")).map_err(kind);
+        assert_eq!(refused.unwrap_err(), Kind::Failed, "{name}");
+    }
+    let listed = [".", "..", "b..c.qcow2", "b..c.json"];
+    assert_eq!(w.names("vm/diffs"), listed, "of those that can be read");
     assert_eq!(w.content("vm/snapshots/b.img")[..8192], pattern(8192, 9));
     let directory = w.node("vm/snapshots");
     w.tree.unlink(directory, "a.img").unwrap();
     let deleted = w.tree.read(handle, 0, &mut buf).map_err(kind);
     assert_eq!(deleted, Err(Kind::Failed), "also while it is still open");
     w.tree.release(handle).unwrap();
-    assert_eq!(w.names("vm/snapshots"), [".", "..", "b.img"]);
+    assert_eq!(w.names("vm/snapshots"), [".", "..", "b.img", "c.img"]);
 }
 
 #[test]
