@@ -793,7 +793,7 @@ fn memory_mib() -> (u64, u64) {
 /// Goal: the map of 100 GiB of preserved payload stays far below the daemon's 128 MiB. Run alone:
 /// `cargo test --release map::tests::a_hundred -- --ignored --nocapture`.
 #[test]
-#[ignore = "a minute, and measures the whole process"]
+#[ignore = "measures the whole process: .ci/run runs it in one of its own"]
 fn a_hundred_gib_of_map_stay_in_bounded_memory() {
     const REGION: u64 = 4096;
     const GRAINS: u64 = 100 << 18;
@@ -906,7 +906,7 @@ fn a_hundred_gib_of_map_stay_in_bounded_memory() {
 /// Goal: the opposite of the test above, single grains all over 1 TiB: every checkpoint rewrites
 /// thousands of small pages.
 #[test]
-#[ignore = "a minute, and measures the whole process"]
+#[ignore = "measures the whole process: .ci/run runs it in one of its own"]
 fn a_tebibyte_of_scattered_writes_stays_in_bounded_memory() {
     const GRAINS: u64 = 1 << 28;
     const SLICE: u64 = 16_384;
