@@ -469,6 +469,25 @@ fn several_snapshots_are_of_one_instant() {
     assert!(taken[0]["group"].is_string());
     assert_eq!(taken[0]["group"], taken[1]["group"]);
     assert_eq!(taken[0]["time"], taken[1]["time"]);
+    b.ok(&["snapshot", "create", "a@alone"]);
+    // The listing shows what belongs together.
+    let group: String = taken[0]["group"]
+        .as_str()
+        .unwrap()
+        .chars()
+        .take(8)
+        .collect();
+    let text = b.ok(&["snapshot", "list"]);
+    let last = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().last().unwrap().to_owned()
+    };
+    assert_eq!((last("a@x"), last("b@x")), (group.clone(), group));
+    assert_eq!(
+        (last("SNAPSHOT"), last("a@alone")),
+        ("GROUP".into(), "-".into())
+    );
+    b.ok(&["snapshot", "delete", "a@alone"]);
     b.refused(&["snapshot", "create", "a@y", "b@x"], 5);
     b.refused(&["snapshot", "create", "a@y", "none@y"], 4);
     assert_eq!(
@@ -1044,21 +1063,12 @@ fn completions_and_manual_pages() {
     b.refused(&["man", b.at("absent").to_str().unwrap()], 4);
     // What belongs to later versions is absent, not stubbed.
     let help = b.ok(&["--help"]);
-    for later in ["clone", "backup", "restore", "migrate", "bookmark", "scrub"] {
+    for later in ["backup", "restore", "migrate", "scrub"] {
         assert!(!help.contains(later), "{later}: {help}");
         assert_eq!(b.run(&[later]).status.code(), Some(2), "{later}");
     }
-    for later in ["resize", "revert"] {
-        assert_eq!(
-            b.run(&["volume", later, "x"]).status.code(),
-            Some(2),
-            "{later}"
-        );
-        assert_eq!(
-            b.run(&["snapshot", later, "x@y"]).status.code(),
-            Some(2),
-            "{later}"
-        );
+    for there in ["clone", "bookmark", "snapshot", "diff"] {
+        assert!(help.contains(there), "{there}: {help}");
     }
 }
 
@@ -1376,5 +1386,232 @@ fn a_mount_nobody_waits_for_ends() {
     serve::run(&config, &mut deaf).unwrap();
     assert!(deaf.0, "it got as far as serving");
     assert!(!is_mounted(&b.mnt()));
+    b.ok(&["check"]);
+}
+
+/// Clones by command: of a snapshot, of a clone, listed, renamed, deleted; and as the mount shows them.
+#[test]
+fn clones_by_command() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    let before = fs::read(b.at("disk.img")).unwrap();
+    b.mount();
+    b.ok(&["snapshot", "create", "vm@a"]);
+    let made = b.json(&["clone", "create", "vm@a", "work"]);
+    assert_eq!(
+        (&made[0]["name"], &made[0]["size"]),
+        (&"work".into(), &SIZE.into())
+    );
+    let clone = OpenOptions::new()
+        .write(true)
+        .open(b.file("vm/clones/work.img"))
+        .unwrap();
+    clone.write_all_at(&[7; 4096], 8192).unwrap();
+    drop(clone);
+    b.ok(&["clone", "create", "vm/work", "copy"]);
+    let mut expected = before.clone();
+    expected[8192..12_288].fill(7);
+    assert_eq!(fs::read(b.file("vm/clones/copy.img")).unwrap(), expected);
+    assert_eq!(fs::read(b.file("vm/live.img")).unwrap(), before);
+    for (of, name, code) in [
+        ("vm@a", "work", 5),
+        ("vm/copy", "work", 5),
+        ("vm@x", "new", 4),
+        ("vm/x", "new", 4),
+        ("x@a", "new", 4),
+        ("x/a", "new", 4),
+    ] {
+        b.refused(&["clone", "create", of, name], code);
+    }
+    for args in [&["vm", "new"][..], &["vm@a", "live"], &["vm@a/b", "new"]] {
+        let out = b.run(&[&["clone", "create"], args].concat());
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+    }
+    b.ok(&["clone", "rename", "vm/copy", "kept"]);
+    b.refused(&["clone", "rename", "vm/copy", "other"], 4);
+    b.refused(&["clone", "rename", "vm/work", "kept"], 5);
+    let list = b.json(&["clone", "list", "vm"]);
+    let names: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| &c["name"])
+        .collect();
+    assert_eq!(names, ["kept", "work"]);
+    let snapshot = &b.json(&["snapshot", "list"])[0]["uuid"];
+    for clone in list.as_array().unwrap() {
+        assert_eq!(
+            (&clone["base"], &clone["base_name"]),
+            (snapshot, &"a".into())
+        );
+        assert_eq!(clone["state"], "active");
+    }
+    let text = b.ok(&["clone", "list"]);
+    assert!(
+        text.starts_with("CLONE") && text.contains("vm/kept"),
+        "{text}"
+    );
+    // The base may go; the clones stay, also over a restart, and without a daemon.
+    b.ok(&["snapshot", "delete", "vm@a"]);
+    b.ok(&["clone", "delete", "vm/work"]);
+    let status = b.json(&["status"]);
+    let clones = status["volumes"][0]["clones"].as_array().unwrap();
+    assert_eq!(clones.len(), 1);
+    assert_eq!(
+        (&clones[0]["name"], &clones[0]["base_name"]),
+        (&"kept".into(), &Value::Null)
+    );
+    let metrics = fs::read_to_string(b.file(".stillframe/metrics.prom")).unwrap();
+    assert!(metrics.contains("stillframe_volume_clones{volume=\"vm\"} 1\n"));
+    assert!(b.ok(&["status"]).contains("vm/kept"));
+    b.refused(&["volume", "remove", "vm"], 5);
+    b.umount();
+    assert_eq!(b.json(&["clone", "list"])[0]["name"], "kept");
+    b.mount();
+    assert_eq!(fs::read(b.file("vm/clones/kept.img")).unwrap(), expected);
+    b.umount();
+    b.ok(&["clone", "delete", "vm/kept"]);
+    b.refused(&["clone", "delete", "vm/kept"], 4);
+    b.ok(&["volume", "remove", "vm"]);
+}
+
+/// Bookmarks by command: an incremental starts from one, with and without a daemon.
+#[test]
+fn bookmarks_by_command() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    b.mount();
+    touch(&b.file("vm/snapshots/a.img"));
+    let live = OpenOptions::new()
+        .write(true)
+        .open(b.file("vm/live.img"))
+        .unwrap();
+    live.write_all_at(&[7; 5000], 3000).unwrap();
+    drop(live);
+    touch(&b.file("vm/snapshots/b.img"));
+    let before = b.json(&["diff", "vm@a..b"]);
+    let listed = b.json(&["snapshot", "list"])[0].clone();
+    b.ok(&["snapshot", "delete", "--keep-bookmark", "vm@a"]);
+    assert!(!b.file("vm/snapshots/a.img").exists());
+    let inside = fs::read(b.file("vm/diffs/a..b.json")).unwrap();
+    let inside: Value = serde_json::from_slice(&inside).unwrap();
+    assert_eq!(inside, before);
+    let status = b.json(&["status"]);
+    let mark = status["volumes"][0]["bookmarks"][0].clone();
+    for field in ["volume", "name", "uuid", "epoch", "time", "size", "state"] {
+        assert_eq!(mark[field], listed[field], "{field}");
+    }
+    b.refused(&["snapshot", "create", "vm@a"], 5);
+    for mounted in [true, false] {
+        assert_eq!(b.json(&["diff", "vm@a..b"]), before);
+        assert_eq!(b.json(&["diff", "vm@a..live"])["from_uuid"], listed["uuid"]);
+        b.refused(&["diff", "vm@b..a"], 4);
+        assert_eq!(b.json(&["bookmark", "list", "vm"])[0], mark);
+        let text = b.ok(&["bookmark", "list"]);
+        assert!(
+            text.starts_with("BOOKMARK") && text.contains("vm@a"),
+            "{text}"
+        );
+        b.refused(&["bookmark", "delete", "vm@b"], 4);
+        b.refused(&["bookmark", "list", "x"], 4);
+        b.refused(&["snapshot", "delete", "vm@a"], 4);
+        if mounted {
+            b.umount();
+        }
+    }
+    b.ok(&["bookmark", "delete", "vm@a"]);
+    b.refused(&["diff", "vm@a..b"], 4);
+    assert_eq!(b.json(&["bookmark", "list"]), Value::Array(vec![]));
+    b.ok(&["snapshot", "create", "vm@a"]);
+}
+
+/// Revert by command: busy while somebody writes, forced, undone; with and without a daemon.
+#[test]
+fn a_volume_is_reverted_by_command() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    let before = fs::read(b.at("disk.img")).unwrap();
+    b.mount();
+    b.ok(&["snapshot", "create", "vm@a"]);
+    let live = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(b.file("vm/live.img"))
+        .unwrap();
+    live.write_all_at(&[7; 5000], 3000).unwrap();
+    let said = b.refused(&["snapshot", "revert", "vm@a"], 5);
+    assert!(said.contains("--force"), "{said}");
+    b.refused(&["snapshot", "revert", "vm@x"], 4);
+    let text = b.ok(&["snapshot", "revert", "--force", "vm@a"]);
+    assert!(
+        text.contains("8.0K differed") && text.contains("undoes it"),
+        "{text}"
+    );
+    assert_eq!(fs::read(b.file("vm/live.img")).unwrap(), before);
+    live.write_all_at(&[9; 10], 0).unwrap();
+    drop(live);
+    let mut after = before.clone();
+    after[..10].fill(9);
+    assert_eq!(fs::read(b.file("vm/live.img")).unwrap(), after);
+    // The last writer's close may not have come through yet.
+    eventually("nobody writes", || {
+        b.run(&["snapshot", "revert", "vm@a"]).status.success()
+    });
+    assert_eq!(fs::read(b.file("vm/live.img")).unwrap(), before);
+    b.umount();
+    assert_eq!(fs::read(b.at("disk.img")).unwrap(), before);
+    let list = b.json(&["snapshot", "list"]);
+    let undo = list.as_array().unwrap().last().unwrap();
+    let target = format!("vm@{}", undo["name"].as_str().unwrap());
+    let done = b.json(&["snapshot", "revert", &target]);
+    assert_eq!(done["written"], 4096);
+    assert!(done["undo"]["uuid"].is_string());
+    assert_eq!(fs::read(b.at("disk.img")).unwrap(), after);
+}
+
+/// Resize by command: grown and shrunk, exactly or by so much, and what is refused.
+#[test]
+fn a_volume_is_resized_by_command() {
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    let before = fs::read(b.at("disk.img")).unwrap();
+    b.mount();
+    b.ok(&["snapshot", "create", "vm@a"]);
+    let size = |path: &str| fs::metadata(b.file(path)).unwrap().len();
+    b.ok(&["volume", "resize", "vm", "+64K"]);
+    assert_eq!(size("vm/live.img"), SIZE + 65_536);
+    assert_eq!(size("vm/snapshots/a.img"), SIZE);
+    let writer = OpenOptions::new()
+        .write(true)
+        .open(b.file("vm/live.img"))
+        .unwrap();
+    b.ok(&["volume", "resize", "vm", "2M"]);
+    b.refused(&["volume", "resize", "vm", "1M"], 5);
+    drop(writer);
+    for bad in ["", "1X", "-1M"] {
+        let out = b.run(&["volume", "resize", "vm", "--", bad]);
+        assert_eq!(out.status.code(), Some(2), "{bad}");
+    }
+    b.refused(&["volume", "resize", "x", "1M"], 4);
+    b.refused(&["volume", "resize", "vm", "+16777215T"], 1);
+    b.umount();
+    assert_eq!(fs::metadata(b.at("disk.img")).unwrap().len(), 2 << 20);
+    b.ok(&["volume", "resize", "vm", "8K"]);
+    assert_eq!(b.json(&["volume", "show", "vm"])["size"], 8192);
+    assert_eq!(fs::read(b.at("disk.img")).unwrap(), before[..8192]);
+    b.mount();
+    assert_eq!(size("vm/live.img"), 8192);
+    assert_eq!(fs::read(b.file("vm/snapshots/a.img")).unwrap(), before);
+    let diff = b.json(&["diff", "vm@a..live"]);
+    assert_eq!(diff["size"], 8192);
+    b.umount();
     b.ok(&["check"]);
 }

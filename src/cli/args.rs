@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use crate::daemon::protocol::Choices;
+use crate::daemon::protocol::{Choices, NewSize};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::diff::LIVE;
 use crate::units::{Grain, Name, escape};
@@ -97,12 +97,61 @@ pub fn snapshot(text: &str) -> Result<SnapshotArg, String> {
     })
 }
 
+/// `VOL/CLONE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneArg {
+    /// The volume.
+    pub volume: String,
+    /// The clone.
+    pub name: String,
+}
+
+/// Reads `VOL/CLONE`.
+///
+/// # Errors
+/// One line for the argument parser.
+pub fn clone(text: &str) -> Result<CloneArg, String> {
+    let (volume, name) = text
+        .split_once('/')
+        .ok_or("a clone is written VOLUME/CLONE")?;
+    Ok(CloneArg {
+        volume: checked(volume)?,
+        name: checked(name)?,
+    })
+}
+
+/// What a clone is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OriginArg {
+    /// `VOL@NAME`.
+    Snapshot(SnapshotArg),
+    /// `VOL/CLONE`.
+    Clone(CloneArg),
+}
+
+/// Reads `VOL@NAME` or `VOL/CLONE`.
+///
+/// # Errors
+/// One line for the argument parser.
+pub fn origin(text: &str) -> Result<OriginArg, String> {
+    match text.contains('/') {
+        true => clone(text).map(OriginArg::Clone),
+        false => snapshot(text).map(OriginArg::Snapshot).map_err(|e| {
+            if text.contains('@') {
+                e
+            } else {
+                "write VOLUME@SNAPSHOT, or VOLUME/CLONE".to_owned()
+            }
+        }),
+    }
+}
+
 /// `VOL@A..B`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiffArg {
     /// The volume.
     pub volume: String,
-    /// The older snapshot.
+    /// The older snapshot, or a bookmark.
     pub from: String,
     /// The newer snapshot, or `live`.
     pub to: String,
@@ -178,7 +227,10 @@ pub fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
     let number: u64 = digits
         .parse()
-        .map_err(|_| "not a size; write 4096, 64K, 1M or 2G")?;
+        .ok()
+        // A sign is no digit.
+        .filter(|_| digits.starts_with(|c: char| c.is_ascii_digit()))
+        .ok_or("not a size; write 4096, 64K, 1M or 2G")?;
     let unit = text[digits.len()..].to_ascii_uppercase();
     let shift = match unit.strip_suffix("IB").unwrap_or(&unit) {
         "" if unit.is_empty() => 0,
@@ -192,6 +244,17 @@ pub fn size(text: &str) -> Result<u64, String> {
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| "the size is too large".into())
+}
+
+/// Reads a new size: a size, or `+` and a size for so much more.
+///
+/// # Errors
+/// One line for the argument parser.
+pub fn new_size(text: &str) -> Result<NewSize, String> {
+    match text.strip_prefix('+') {
+        Some(more) => size(more).map(NewSize::By),
+        None => size(text).map(NewSize::To),
+    }
 }
 
 /// An absolute path as text: the daemon runs in another directory, and the engine keeps sources as
@@ -240,6 +303,7 @@ mod tests {
             "",
             "K",
             "-1",
+            "+1",
             "4.5K",
             "4 K",
             "4KK",
@@ -278,6 +342,24 @@ mod tests {
             "a..b",
         ] {
             assert!(diff(bad).is_err(), "{bad}");
+        }
+        let good = clone("vm/work.1").unwrap();
+        assert_eq!((good.volume.as_str(), good.name.as_str()), ("vm", "work.1"));
+        for bad in ["vm", "vm/", "/x", "vm/a/b", "vm/live", "vm@a"] {
+            assert!(clone(bad).is_err(), "{bad}");
+        }
+        assert_eq!(
+            origin("vm@a"),
+            Ok(OriginArg::Snapshot(snapshot("vm@a").unwrap()))
+        );
+        assert_eq!(origin("vm/a"), Ok(OriginArg::Clone(clone("vm/a").unwrap())));
+        for bad in ["vm", "vm@a/b", "vm/a@b", "vm@", ""] {
+            assert!(origin(bad).is_err(), "{bad}");
+        }
+        assert_eq!(new_size("2G"), Ok(NewSize::To(2 << 30)));
+        assert_eq!(new_size("+1M"), Ok(NewSize::By(1 << 20)));
+        for bad in ["", "+", "-1M", "++1", "1M+", "+ 1"] {
+            assert!(new_size(bad).is_err(), "{bad}");
         }
         let good = volume("vm=/a=b").unwrap();
         assert_eq!((good.name.as_str(), good.source.as_str()), ("vm", "/a=b"));

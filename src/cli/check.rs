@@ -85,24 +85,36 @@ fn findings(volume: &VolumeRow) -> Vec<Finding> {
         state: volume.state.clone(),
         reason: volume.reason.clone(),
     });
-    let failed = volume
-        .snapshots
-        .iter()
-        .filter(|s| s.state != "active")
-        .map(|s| Finding {
-            what: "snapshot",
-            name: format!("{}@{}", s.volume, s.name),
-            state: s.state.clone(),
-            reason: s.reason.clone(),
-        });
-    own.into_iter().chain(failed).collect()
+    let point = |what, name: String, state: &String, reason: &Option<String>| {
+        (state != "active").then(|| Finding {
+            what,
+            name,
+            state: state.clone(),
+            reason: reason.clone(),
+        })
+    };
+    let at = |name: &str| format!("{}@{name}", volume.name);
+    let snapshots = volume.snapshots.iter();
+    let snapshots = snapshots.filter_map(|s| point("snapshot", at(&s.name), &s.state, &s.reason));
+    let clones = volume.clones.iter().filter_map(|c| {
+        let name = format!("{}/{}", volume.name, c.name);
+        point("clone", name, &c.state, &c.reason)
+    });
+    let marks = volume.bookmarks.iter();
+    let marks = marks.filter_map(|b| point("bookmark", at(&b.name), &b.state, &b.reason));
+    own.into_iter()
+        .chain(snapshots)
+        .chain(clones)
+        .chain(marks)
+        .collect()
 }
 
-/// A failed snapshot or a doubtful source is damage (7), a source that could not be looked at makes
+/// A failed snapshot, clone or bookmark, a doubtful source and a resize or revert that could not be
+/// finished are damage (7), a source that could not be looked at makes
 /// the check incomplete (3), one that is only unverified is a remark.
 fn verdict(findings: &[Finding]) -> u8 {
     let any = |states: &[&str]| findings.iter().any(|f| states.contains(&f.state.as_str()));
-    if any(&["failed", "changed", "suspect"]) {
+    if any(&["failed", "changed", "suspect", "unfinished"]) {
         return exit::code(crate::error::Kind::Damaged);
     }
     if any(&["missing"]) {

@@ -5,7 +5,9 @@
 //! absent, not stubbed. It decides nothing about data.
 
 pub mod args;
+pub mod bookmark;
 pub mod check;
+pub mod clone;
 pub mod completions;
 pub mod demo;
 pub mod diff;
@@ -63,6 +65,12 @@ pub enum Command {
     /// Points in time
     #[command(subcommand)]
     Snapshot(snapshot::SnapshotCommand),
+    /// Points in time from which only changes are known
+    #[command(subcommand)]
+    Bookmark(bookmark::BookmarkCommand),
+    /// Writable copies of snapshots
+    #[command(subcommand)]
+    Clone(clone::CloneCommand),
     /// Show what changed between two points in time
     Diff(diff::DiffArgs),
     /// Show the state of a store
@@ -118,6 +126,8 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Umount(args) => done(umount::run(args)),
         Command::Volume(command) => done(volume::run(command, &store()?)),
         Command::Snapshot(command) => done(snapshot::run(command, &store()?)),
+        Command::Bookmark(command) => done(bookmark::run(command, &store()?)),
+        Command::Clone(command) => done(clone::run(command, &store()?)),
         Command::Diff(args) => done(diff::run(args, &store()?)),
         Command::Status(args) => done(status::run(args, &store()?)),
         Command::Check(args) => check::run(args, &store()?),

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::args::{self, SnapshotArg};
 use super::out::{self, Align};
 use super::work;
-use crate::daemon::protocol::{Answer, Request, SnapshotRow};
+use crate::daemon::protocol::{Answer, Request, RevertRow, SnapshotRow};
 use crate::daemon::timestamp;
 use crate::error::Result;
 
@@ -19,9 +19,11 @@ pub enum SnapshotCommand {
     /// List the snapshots, oldest first
     List(ListArgs),
     /// Delete a snapshot; its space is given back soon after
-    Delete(OneArgs),
+    Delete(DeleteArgs),
     /// Rename a snapshot
     Rename(RenameArgs),
+    /// Make the live volume what a snapshot is; takes a snapshot first that undoes it
+    Revert(RevertArgs),
     /// Keep a snapshot from being deleted
     Hold(OneArgs),
     /// End a hold
@@ -56,6 +58,31 @@ pub struct OneArgs {
     /// The snapshot
     #[arg(value_name = "VOL@NAME", value_parser = args::snapshot)]
     pub target: SnapshotArg,
+}
+
+/// Arguments of `delete`.
+#[derive(Debug, Clone, Args)]
+pub struct DeleteArgs {
+    /// The snapshot
+    #[arg(value_name = "VOL@NAME", value_parser = args::snapshot)]
+    pub target: SnapshotArg,
+    /// Leave a bookmark of its name, from which diffs can still be made
+    #[arg(long)]
+    pub keep_bookmark: bool,
+}
+
+/// Arguments of `revert`.
+#[derive(Debug, Clone, Args)]
+pub struct RevertArgs {
+    /// The snapshot
+    #[arg(value_name = "VOL@NAME", value_parser = args::snapshot)]
+    pub target: SnapshotArg,
+    /// Also while live.img is open for writing: its writers wait, then go on with the reverted volume
+    #[arg(long)]
+    pub force: bool,
+    /// Print JSON: the snapshot that undoes it, and the bytes written
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `rename`.
@@ -96,11 +123,16 @@ pub fn run(command: &SnapshotCommand, store: &Path) -> Result<()> {
                 out::line(&listing(&rows))
             }
         }
-        SnapshotCommand::Delete(OneArgs { target }) => ask(Request::SnapshotDelete {
+        SnapshotCommand::Delete(DeleteArgs {
+            target,
+            keep_bookmark,
+        }) => ask(Request::SnapshotDelete {
             volume: target.volume.clone(),
             name: target.name.clone(),
+            keep_bookmark: *keep_bookmark,
         })
         .map(|_| ()),
+        SnapshotCommand::Revert(args) => revert(args, store),
         SnapshotCommand::Hold(args) => ask(hold(args, true)).map(|_| ()),
         SnapshotCommand::Release(args) => ask(hold(args, false)).map(|_| ()),
         SnapshotCommand::Rename(RenameArgs { target, new }) => ask(Request::SnapshotRename {
@@ -110,6 +142,28 @@ pub fn run(command: &SnapshotCommand, store: &Path) -> Result<()> {
         })
         .map(|_| ()),
     }
+}
+
+fn revert(args: &RevertArgs, store: &Path) -> Result<()> {
+    let request = Request::SnapshotRevert {
+        volume: args.target.volume.clone(),
+        name: args.target.name.clone(),
+        force: args.force,
+    };
+    let done = match work::perform(store, &request, false)? {
+        Answer::Reverted(done) => done,
+        other => return Err(work::unexpected(&other)),
+    };
+    if args.json {
+        return out::json(&done);
+    }
+    let RevertRow { undo, written } = &*done;
+    out::line(&format!(
+        "{} differed and was written; {}@{} undoes it",
+        out::size(*written),
+        undo.volume,
+        undo.name
+    ))
 }
 
 fn hold(OneArgs { target }: &OneArgs, held: bool) -> Request {
@@ -127,6 +181,12 @@ fn rows(answer: Answer) -> Result<Vec<SnapshotRow>> {
     }
 }
 
+/// Snapshots of one instant share this; the first digits of an id tell them apart well enough.
+fn group(row: &SnapshotRow) -> String {
+    let id = row.group.as_deref().unwrap_or("-");
+    id.chars().take(8).collect()
+}
+
 /// The snapshots as a table.
 pub fn listing(rows: &[SnapshotRow]) -> String {
     let header = [
@@ -135,6 +195,7 @@ pub fn listing(rows: &[SnapshotRow]) -> String {
         ("STATE", Align::Left),
         ("SIZE", Align::Right),
         ("UNIQUE", Align::Right),
+        ("GROUP", Align::Left),
     ];
     let cells: Vec<Vec<String>> = rows
         .iter()
@@ -148,6 +209,7 @@ pub fn listing(rows: &[SnapshotRow]) -> String {
                 },
                 out::size(row.size),
                 out::size(row.unique),
+                group(row),
             ]
         })
         .collect();

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::{out, snapshot, volume, work};
-use crate::daemon::protocol::{Answer, Report, Request, SnapshotRow};
+use super::{bookmark, clone, out, snapshot, volume, work};
+use crate::daemon::protocol::{Answer, BookmarkRow, CloneRow, Report, Request, SnapshotRow};
 use crate::error::Result;
 
 /// Arguments.
@@ -54,6 +54,15 @@ fn text(report: &Report) -> String {
     if !snapshots.is_empty() {
         parts.push(snapshot::listing(&snapshots));
     }
+    let of = || report.volumes.iter();
+    let clones: Vec<CloneRow> = of().flat_map(|v| v.clones.iter().cloned()).collect();
+    if !clones.is_empty() {
+        parts.push(clone::listing(&clones));
+    }
+    let bookmarks: Vec<BookmarkRow> = of().flat_map(|v| v.bookmarks.iter().cloned()).collect();
+    if !bookmarks.is_empty() {
+        parts.push(bookmark::listing(&bookmarks));
+    }
     let reasons: Vec<String> = report
         .volumes
         .iter()
@@ -65,6 +74,14 @@ fn text(report: &Report) -> String {
         .chain(snapshots.iter().filter_map(|s| {
             let why = s.reason.as_ref()?;
             Some(format!("{}@{} is {}: {why}", s.volume, s.name, s.state))
+        }))
+        .chain(clones.iter().filter_map(|c| {
+            let why = c.reason.as_ref()?;
+            Some(format!("{}/{} is {}: {why}", c.volume, c.name, c.state))
+        }))
+        .chain(bookmarks.iter().filter_map(|b| {
+            let why = b.reason.as_ref()?;
+            Some(format!("{}@{} is {}: {why}", b.volume, b.name, b.state))
         }))
         .map(|line| super::exit::safe(&line))
         .collect();

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use super::args::{self, NewVolumeArgs, PolicyArgs};
 use super::out::{self, Align};
 use super::work;
-use crate::daemon::protocol::{Answer, Request, VolumeRow};
+use crate::daemon::protocol::{Answer, NewSize, Request, VolumeRow};
 use crate::daemon::timestamp;
 use crate::error::{Error, Kind, Result};
 use crate::units::escape;
@@ -23,6 +23,8 @@ pub enum VolumeCommand {
     Show(ShowArgs),
     /// Change the policy for a full thin target
     Set(SetArgs),
+    /// Give a volume another size; snapshots keep theirs
+    Resize(ResizeArgs),
     /// Declare a changed, unverified or suspect source good as it is
     Accept(NameArgs),
     /// Forget a volume; its source stays as it is
@@ -70,6 +72,17 @@ pub struct SetArgs {
     /// Policy.
     #[command(flatten)]
     pub policy: PolicyArgs,
+}
+
+/// Arguments of `resize`.
+#[derive(Debug, Clone, Args)]
+pub struct ResizeArgs {
+    /// Name of the volume
+    #[arg(value_parser = args::checked)]
+    pub name: String,
+    /// The new size (4096, 64K, 10G), or +SIZE for so much more
+    #[arg(value_parser = args::new_size)]
+    pub size: NewSize,
 }
 
 /// A name alone.
@@ -135,6 +148,11 @@ pub fn run(command: &VolumeCommand, store: &Path) -> Result<()> {
             })
             .map(|_| ())
         }
+        VolumeCommand::Resize(args) => ask(Request::VolumeResize {
+            name: args.name.clone(),
+            size: args.size,
+        })
+        .map(|_| ()),
         VolumeCommand::Accept(args) => ask(Request::VolumeAccept {
             name: args.name.clone(),
         })
@@ -201,6 +219,8 @@ fn details(row: &VolumeRow) -> String {
         ),
         ("added", timestamp::brief(&row.added)),
         ("snapshots", row.snapshots.len().to_string()),
+        ("clones", row.clones.len().to_string()),
+        ("bookmarks", row.bookmarks.len().to_string()),
         ("used", out::size(row.used)),
         ("reclaimable", out::size(row.reclaimable)),
     ];

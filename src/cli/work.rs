@@ -63,7 +63,12 @@ fn in_process(at: &Path, request: &Request, may_create: bool) -> Result<Answer, 
         if fresh {
             out::remark(&format!("made a new store at {}", shown(&place.store)));
         }
-        let answer = jobs::run(store.engine(), &place, request);
+        let scene = jobs::Scene {
+            engine: store.engine(),
+            place: &place,
+            tree: None,
+        };
+        let answer = jobs::run(scene, request, &mut |text| out::progress(text));
         finish(store, answer)
     };
     job().map_err(Attempt::Failed)

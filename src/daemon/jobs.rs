@@ -5,22 +5,39 @@
 //! is not a job of a store: `daemon::serve` does it.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::daemon::places;
-use crate::daemon::protocol::{Answer, Choices, Request, SnapshotRow, VolumeRow};
+use crate::daemon::protocol::{Answer, Choices, NewSize, Origin, Request, RevertRow, VolumeRow};
 use crate::daemon::status::{self, Place};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::image::diff::{DiffList, LIVE, extents};
 use crate::image::live::LiveImage;
+use crate::tree::{Tree, TreeError};
 use crate::units::{Grain, Name};
-use crate::volume::{Engine, OnFull, VolumeOptions};
+use crate::volume::{Engine, OnFull, Reverted, VolumeInfo, VolumeOptions};
 
-/// Does one job.
+/// How often a long job says how far it is.
+const NEWS: Duration = Duration::from_secs(1);
+
+/// Where a job is done.
+#[derive(Clone, Copy)]
+pub struct Scene<'a> {
+    /// The store.
+    pub engine: &'a Engine,
+    /// Where it is, and where it is served.
+    pub place: &'a Place,
+    /// What is served; `None` in a process that only does this job.
+    pub tree: Option<&'a Tree>,
+}
+
+/// Does one job; `progress` is told in lines for people how a long one goes on.
 ///
 /// # Errors
-/// The engine's; `Invalid` for a bad name, size or source.
-pub fn run(engine: &Engine, place: &Place, request: &Request) -> Result<Answer> {
+/// The engine's; `Invalid` for a bad name, size or source; `Busy`.
+pub fn run(scene: Scene<'_>, request: &Request, progress: &mut dyn FnMut(&str)) -> Result<Answer> {
+    let Scene { engine, place, .. } = scene;
     match request {
         Request::Status {} => Ok(Answer::Status(Box::new(status::report(engine, place)))),
         Request::VolumeAdd {
@@ -36,10 +53,54 @@ pub fn run(engine: &Engine, place: &Place, request: &Request) -> Result<Answer> 
         Request::VolumeRemove { name } => engine
             .remove_volume(&Name::new(name)?)
             .map(|()| Answer::Done),
+        Request::VolumeResize { name, size } => resize(scene, &Name::new(name)?, *size),
         Request::SnapshotCreate { targets } => take(engine, targets),
-        Request::SnapshotList { volume } => snapshots(engine, volume.as_deref()),
-        Request::SnapshotDelete { volume, name } => engine
-            .delete_snapshot(&Name::new(volume)?, &Name::new(name)?)
+        Request::SnapshotList { volume } => {
+            listed(engine, volume.as_deref(), |v| engine.snapshots(v))
+                .map(|all| Answer::Snapshots(all.iter().map(status::snapshot_row).collect()))
+        }
+        Request::SnapshotDelete {
+            volume,
+            name,
+            keep_bookmark,
+        } => {
+            let (volume, name) = (Name::new(volume)?, Name::new(name)?);
+            match keep_bookmark {
+                true => engine.delete_snapshot_keep_bookmark(&volume, &name),
+                false => engine.delete_snapshot(&volume, &name),
+            }
+            .map(|()| Answer::Done)
+        }
+        Request::SnapshotRevert {
+            volume,
+            name,
+            force,
+        } => {
+            let (volume, name) = (Name::new(volume)?, Name::new(name)?);
+            revert(scene, &volume, &name, *force, progress)
+        }
+        Request::CloneCreate { volume, of, name } => {
+            let (volume, name) = (Name::new(volume)?, Name::new(name)?);
+            let made = match of {
+                Origin::Snapshot(of) => engine.clone_snapshot(&volume, &Name::new(of)?, &name),
+                Origin::Clone(of) => engine.clone_clone(&volume, &Name::new(of)?, &name),
+            };
+            made.map(|info| Answer::Clones(vec![status::clone_row(&info)]))
+        }
+        Request::CloneList { volume } => listed(engine, volume.as_deref(), |v| engine.clones(v))
+            .map(|all| Answer::Clones(all.iter().map(status::clone_row).collect())),
+        Request::CloneDelete { volume, name } => engine
+            .delete_clone(&Name::new(volume)?, &Name::new(name)?)
+            .map(|()| Answer::Done),
+        Request::CloneRename { volume, name, new } => engine
+            .rename_clone(&Name::new(volume)?, &Name::new(name)?, &Name::new(new)?)
+            .map(|()| Answer::Done),
+        Request::BookmarkList { volume } => {
+            listed(engine, volume.as_deref(), |v| engine.bookmarks(v))
+                .map(|all| Answer::Bookmarks(all.iter().map(status::bookmark_row).collect()))
+        }
+        Request::BookmarkDelete { volume, name } => engine
+            .delete_bookmark(&Name::new(volume)?, &Name::new(name)?)
             .map(|()| Answer::Done),
         Request::SnapshotHold { volume, name, held } => engine
             .hold_snapshot(&Name::new(volume)?, &Name::new(name)?, *held)
@@ -110,21 +171,83 @@ fn volumes(engine: &Engine, only: Option<&str>) -> Result<Vec<VolumeRow>> {
         .collect())
 }
 
-fn snapshots(engine: &Engine, only: Option<&str>) -> Result<Answer> {
+/// What every volume, or the named one, has of something.
+fn listed<T>(
+    engine: &Engine,
+    only: Option<&str>,
+    list: impl Fn(&Name) -> Result<Vec<T>>,
+) -> Result<Vec<T>> {
     let names = match only {
         Some(name) => vec![Name::new(name)?],
         None => engine.volumes().iter().map(|v| v.info().name).collect(),
     };
-    let mut rows: Vec<SnapshotRow> = Vec::new();
+    let mut all = Vec::new();
     for name in &names {
-        match engine.snapshots(name) {
-            Ok(list) => rows.extend(list.iter().map(status::snapshot_row)),
+        match list(name) {
+            Ok(some) => all.extend(some),
             // Removed between the two questions.
             Err(e) if only.is_none() && e.kind() == Kind::NotFound => {}
             Err(e) => return Err(e),
         }
     }
-    Ok(Answer::Snapshots(rows))
+    Ok(all)
+}
+
+fn resize(scene: Scene<'_>, name: &Name, size: NewSize) -> Result<Answer> {
+    let volume = scene.engine.volume(name)?;
+    let size = match size {
+        NewSize::To(size) => size,
+        NewSize::By(more) => volume
+            .size()
+            .checked_add(more)
+            .ok_or_else(|| Error::new(Kind::Invalid, "the size is too large"))?,
+    };
+    let _: VolumeInfo = match scene.tree {
+        Some(tree) => tree.resize(name, size).map_err(as_error)?,
+        None => scene.engine.resize_volume(name, size)?,
+    };
+    let volume = scene.engine.volume(name)?;
+    let row = status::volume_row(scene.engine, &volume);
+    Ok(Answer::Volumes(row.into_iter().collect()))
+}
+
+fn revert(
+    scene: Scene<'_>,
+    volume: &Name,
+    name: &Name,
+    force: bool,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Answer> {
+    let mut next = Instant::now() + NEWS;
+    let mut news = |done: u64, all: u64| {
+        if Instant::now() >= next {
+            progress(&format!("{done} of {all} bytes compared"));
+            next = Instant::now() + NEWS;
+        }
+    };
+    let Reverted { undo, written } = match scene.tree {
+        Some(tree) => tree.revert(volume, name, force, &mut news).map_err(|e| {
+            let e = as_error(e);
+            match e.kind() {
+                Kind::Busy => Error::new(
+                    Kind::Busy,
+                    format!("{e}; close it first, or use --force to have its writers wait"),
+                ),
+                _ => e,
+            }
+        })?,
+        None => scene.engine.revert_volume(volume, name, &mut news)?,
+    };
+    let undo = status::snapshot_row(&undo);
+    Ok(Answer::Reverted(Box::new(RevertRow { undo, written })))
+}
+
+/// A refusal of the tree for whoever is no system call.
+fn as_error(e: TreeError) -> Error {
+    match e {
+        TreeError::Engine(e) => e,
+        other => Error::new(Kind::Unsupported, other.to_string()),
+    }
 }
 
 fn take(engine: &Engine, targets: &[(String, String)]) -> Result<Answer> {
@@ -143,7 +266,12 @@ fn take(engine: &Engine, targets: &[(String, String)]) -> Result<Answer> {
 
 /// The points are held while their difference is looked at, so that it is of what was named.
 fn diff(engine: &Engine, volume: &Name, from: &Name, to: &str) -> Result<Answer> {
-    let older = engine.open_snapshot(volume, from)?;
+    let point = engine.diff_point(volume, from)?;
+    // A bookmark has nothing that could be taken away meanwhile.
+    let held = match point.bookmark {
+        true => None,
+        false => Some(engine.open_snapshot(volume, from)?),
+    };
     let (diff, image): (_, Arc<dyn Image>) = match to {
         LIVE => {
             let image = LiveImage::new(engine.volume(volume)?);
@@ -159,7 +287,8 @@ fn diff(engine: &Engine, volume: &Name, from: &Name, to: &str) -> Result<Answer>
             (diff, newer)
         }
     };
-    if diff.from.uuid != older.info().uuid {
+    let held_is_it = held.is_none_or(|held| held.info().uuid == diff.from.uuid);
+    if diff.from.uuid != point.uuid || !held_is_it {
         return Err(Error::new(Kind::Busy, "a snapshot was just renamed"));
     }
     let extents = extents(&*image, &diff)?;

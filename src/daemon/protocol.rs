@@ -47,6 +47,26 @@ pub enum Leave {
     Forcibly,
 }
 
+/// What a clone is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// A snapshot of this name.
+    Snapshot(String),
+    /// A clone of this name.
+    Clone(String),
+}
+
+/// A size in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NewSize {
+    /// Exactly this.
+    To(u64),
+    /// So much more than now.
+    By(u64),
+}
+
 /// A job for a store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
@@ -84,6 +104,13 @@ pub enum Request {
         /// Name.
         name: String,
     },
+    /// Gives a volume another size.
+    VolumeResize {
+        /// Name.
+        name: String,
+        /// The new size, or what is added to it.
+        size: NewSize,
+    },
     /// Takes snapshots at one instant.
     SnapshotCreate {
         /// (volume, snapshot) pairs.
@@ -100,6 +127,17 @@ pub enum Request {
         volume: String,
         /// Snapshot.
         name: String,
+        /// Leave a bookmark in its place.
+        keep_bookmark: bool,
+    },
+    /// Makes the live volume what a snapshot is.
+    SnapshotRevert {
+        /// Volume.
+        volume: String,
+        /// Snapshot.
+        name: String,
+        /// Even while `live.img` is open for writing.
+        force: bool,
     },
     /// Puts a snapshot on hold or releases it.
     SnapshotHold {
@@ -119,11 +157,53 @@ pub enum Request {
         /// Its new name.
         new: String,
     },
+    /// Makes a clone.
+    CloneCreate {
+        /// Volume.
+        volume: String,
+        /// What it is made of.
+        of: Origin,
+        /// Its name.
+        name: String,
+    },
+    /// Every clone, or those of one volume.
+    CloneList {
+        /// Only of this volume.
+        volume: Option<String>,
+    },
+    /// Deletes a clone.
+    CloneDelete {
+        /// Volume.
+        volume: String,
+        /// Clone.
+        name: String,
+    },
+    /// Renames a clone.
+    CloneRename {
+        /// Volume.
+        volume: String,
+        /// Clone.
+        name: String,
+        /// Its new name.
+        new: String,
+    },
+    /// Every bookmark, or those of one volume.
+    BookmarkList {
+        /// Only of this volume.
+        volume: Option<String>,
+    },
+    /// Deletes a bookmark.
+    BookmarkDelete {
+        /// Volume.
+        volume: String,
+        /// Bookmark.
+        name: String,
+    },
     /// What changed between two points.
     Diff {
         /// Volume.
         volume: String,
-        /// The older snapshot.
+        /// The older snapshot, or a bookmark.
         from: String,
         /// The newer snapshot, or `live`.
         to: String,
@@ -145,10 +225,16 @@ pub enum Answer {
     Detached,
     /// To `Status`.
     Status(Box<Report>),
-    /// To `VolumeAdd` and `VolumeList`.
+    /// To `VolumeAdd`, `VolumeList` and `VolumeResize`.
     Volumes(Vec<VolumeRow>),
     /// To `SnapshotCreate` and `SnapshotList`.
     Snapshots(Vec<SnapshotRow>),
+    /// To `SnapshotRevert`.
+    Reverted(Box<RevertRow>),
+    /// To `CloneCreate` and `CloneList`.
+    Clones(Vec<CloneRow>),
+    /// To `BookmarkList`.
+    Bookmarks(Vec<BookmarkRow>),
     /// To `Diff`.
     Diff(Box<DiffList>),
 }
@@ -212,7 +298,7 @@ pub struct VolumeRow {
     pub size: u64,
     /// Bytes.
     pub grain: u64,
-    /// `active`, `unverified`, `changed`, `suspect` or `missing`.
+    /// `active`, `unverified`, `changed`, `suspect`, `missing` or `unfinished`.
     pub state: String,
     /// Why, where the state needs a reason.
     pub reason: Option<String>,
@@ -228,10 +314,10 @@ pub struct VolumeRow {
     pub added: String,
     /// Oldest first.
     pub snapshots: Vec<SnapshotRow>,
-    /// Writable clones.
-    pub clones: Vec<String>,
-    /// Points in time whose bitmaps are kept.
-    pub bookmarks: Vec<String>,
+    /// Writable clones, by name.
+    pub clones: Vec<CloneRow>,
+    /// Points in time whose content is gone and from which changes are known, oldest first.
+    pub bookmarks: Vec<BookmarkRow>,
 }
 
 /// A snapshot.
@@ -263,6 +349,65 @@ pub struct SnapshotRow {
     pub group: Option<String>,
     /// On hold: it cannot be deleted.
     pub held: bool,
+}
+
+/// A clone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CloneRow {
+    /// Its volume.
+    pub volume: String,
+    /// Name.
+    pub name: String,
+    /// Unique for ever.
+    pub uuid: String,
+    /// When it was made, ISO 8601.
+    pub created: String,
+    /// Last change of its content, ISO 8601.
+    pub modified: String,
+    /// Bytes.
+    pub size: u64,
+    /// The snapshot at the bottom of its layers, by id; absent if it was made empty.
+    pub base: Option<String>,
+    /// Name of that snapshot, unless it was deleted since.
+    pub base_name: Option<String>,
+    /// Layers between it and that snapshot, its own included.
+    pub layers: usize,
+    /// Bytes of grains that lie in its own layer.
+    pub own: u64,
+    /// `active` or `failed`.
+    pub state: String,
+    /// Why it failed.
+    pub reason: Option<String>,
+}
+
+/// A bookmark.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BookmarkRow {
+    /// Its volume.
+    pub volume: String,
+    /// Name.
+    pub name: String,
+    /// Id of the snapshot it was.
+    pub uuid: String,
+    /// The epoch that snapshot opened.
+    pub epoch: u64,
+    /// The instant, ISO 8601.
+    pub time: String,
+    /// Bytes of the volume at the instant.
+    pub size: u64,
+    /// `active` or `failed`.
+    pub state: String,
+    /// Why it failed: what changed since is not known any more.
+    pub reason: Option<String>,
+}
+
+/// What a revert did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RevertRow {
+    /// The snapshot that undoes it.
+    pub undo: SnapshotRow,
+    /// Bytes of grains that differed and were written.
+    pub written: u64,
 }
 
 /// Writes a message as one line.
@@ -330,6 +475,15 @@ mod tests {
             },
             Request::SnapshotCreate {
                 targets: vec![("a".into(), "b".into())],
+            },
+            Request::VolumeResize {
+                name: "vm".into(),
+                size: NewSize::By(u64::MAX),
+            },
+            Request::CloneCreate {
+                volume: "vm".into(),
+                of: Origin::Clone("a".into()),
+                name: "b".into(),
             },
             Request::Unmount { how: Leave::Lazily },
         ];

@@ -217,8 +217,12 @@ fn serve(
     )?;
     let mounted = Mounted::new(mountpoint, tell.clone());
     // From here on the mount is ours to take away, whatever fails.
-    let session = Arc::new(fuse::serve(fd, tree, fuse::Options::default())?);
-    forget_failed(store.engine(), Arc::clone(&session))?;
+    let session = Arc::new(fuse::serve(
+        fd,
+        Arc::clone(&tree),
+        fuse::Options::default(),
+    )?);
+    forget_stale(store.engine(), &tree, Arc::clone(&session))?;
     mounted.tune();
     let waiting = tell.clone();
     let ended = thread::Builder::new()
@@ -233,7 +237,7 @@ fn serve(
     let maintenance = maintenance::start(store.engine().clone())?;
     *control = Some(control::start(
         store.dir(),
-        handler(store, place, &mounted, ending),
+        handler(store, place, tree, &mounted, ending),
     )?);
     let at = shown(mounted.mountpoint());
     tracing::info!("serving store {} at {at}", shown(&place.store));
@@ -260,18 +264,24 @@ fn serve(
     }
 }
 
-/// Has the kernel forget cached pages of snapshots that fail: from then on every read is refused. In
-/// a thread of its own, because the kernel may call back before it answers.
-fn forget_failed(engine: &Engine, session: Arc<SessionHandle>) -> Result<()> {
-    let (tell, failed) = mpsc::channel();
+/// Has the kernel forget what it knows of images that are not what they were: cached pages of
+/// snapshots that fail (from then on every read is refused), and pages and attributes of a volume
+/// that was reverted or resized. In a thread of its own, because the kernel may call back before it
+/// answers.
+fn forget_stale(engine: &Engine, tree: &Tree, session: Arc<SessionHandle>) -> Result<()> {
+    let (tell, stale) = mpsc::channel();
+    let changed = tell.clone();
     engine.watch_failures(move |ino| {
         // Nobody listens any more once the session has ended: then nothing is cached either.
         let _ = tell.send(ino);
     });
+    tree.watch_changes(move |node| {
+        let _ = changed.send(node.0);
+    });
     thread::Builder::new()
-        .name("forget-failed".into())
+        .name("forget-stale".into())
         .spawn(move || {
-            for ino in failed {
+            for ino in stale {
                 if let Err(e) = session.invalidate_inode(NodeId(ino)) {
                     tracing::debug!("{}", e.chain());
                 }
@@ -364,6 +374,7 @@ fn catch_signals(tell: Sender<Event>) -> Result<()> {
 fn handler(
     store: &Store,
     place: &Place,
+    tree: Arc<Tree>,
     mounted: &Arc<Mounted>,
     ending: &Arc<Ending>,
 ) -> Box<control::Handler> {
@@ -380,7 +391,14 @@ fn handler(
             }
             ending.outcome()
         }
-        other => jobs::run(&engine, &place, &other),
+        other => {
+            let scene = jobs::Scene {
+                engine: &engine,
+                place: &place,
+                tree: Some(&tree),
+            };
+            jobs::run(scene, &other, progress)
+        }
     })
 }
 

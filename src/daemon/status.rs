@@ -8,11 +8,13 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::daemon::protocol::{Report, SnapshotRow, VolumeRow};
+use crate::daemon::protocol::{BookmarkRow, CloneRow, Report, SnapshotRow, VolumeRow};
 use crate::daemon::timestamp;
-use crate::error::Kind;
+use crate::error::{Kind, Result};
 use crate::units::escape;
-use crate::volume::{Engine, SnapshotInfo, SnapshotState, Volume, VolumeState};
+use crate::volume::{
+    BookmarkInfo, CloneInfo, Engine, SnapshotInfo, SnapshotState, Volume, VolumeState,
+};
 
 /// Who serves the store, for the report.
 #[derive(Debug, Clone)]
@@ -49,14 +51,10 @@ pub fn shown(path: &Path) -> String {
 pub fn volume_row(engine: &Engine, volume: &Arc<Volume>) -> Option<VolumeRow> {
     let info = volume.info();
     let (state, mut reason) = volume_state(&info.state);
-    let snapshots = match engine.snapshots(&info.name) {
-        Ok(list) => list.iter().map(snapshot_row).collect(),
-        Err(e) if e.kind() == Kind::NotFound => return None,
-        Err(e) => {
-            reason.get_or_insert_with(|| escape(&e.chain()));
-            Vec::new()
-        }
-    };
+    let name = &info.name;
+    let snapshots = rows(engine.snapshots(name), snapshot_row, &mut reason)?;
+    let clones = rows(engine.clones(name), clone_row, &mut reason)?;
+    let bookmarks = rows(engine.bookmarks(name), bookmark_row, &mut reason)?;
     Some(VolumeRow {
         name: info.name.to_string(),
         uuid: info.uuid.to_string(),
@@ -71,17 +69,72 @@ pub fn volume_row(engine: &Engine, volume: &Arc<Volume>) -> Option<VolumeRow> {
         on_full_wait: info.options.on_full_wait_s,
         added: timestamp::precise(info.added_ns),
         snapshots,
-        clones: Vec::new(),
-        bookmarks: Vec::new(),
+        clones,
+        bookmarks,
     })
+}
+
+/// A listing as rows; what keeps it from being made becomes the reason, if there is none yet. `None`
+/// if the volume is gone.
+fn rows<I, R>(
+    list: Result<Vec<I>>,
+    row: impl Fn(&I) -> R,
+    reason: &mut Option<String>,
+) -> Option<Vec<R>> {
+    match list {
+        Ok(list) => Some(list.iter().map(row).collect()),
+        Err(e) if e.kind() == Kind::NotFound => None,
+        Err(e) => {
+            reason.get_or_insert_with(|| escape(&e.chain()));
+            Some(Vec::new())
+        }
+    }
+}
+
+/// One clone.
+pub fn clone_row(info: &CloneInfo) -> CloneRow {
+    let (state, reason) = snapshot_state(&info.state);
+    CloneRow {
+        volume: info.volume.to_string(),
+        name: info.name.to_string(),
+        uuid: info.uuid.to_string(),
+        created: timestamp::precise(info.created_ns),
+        modified: timestamp::precise(info.mtime_ns),
+        size: info.size,
+        base: info.base.map(|u| u.to_string()),
+        base_name: info.base_name.as_ref().map(|n| n.to_string()),
+        layers: info.layers,
+        own: info.own,
+        state,
+        reason,
+    }
+}
+
+/// One bookmark.
+pub fn bookmark_row(info: &BookmarkInfo) -> BookmarkRow {
+    let (state, reason) = snapshot_state(&info.state);
+    BookmarkRow {
+        volume: info.volume.to_string(),
+        name: info.name.to_string(),
+        uuid: info.uuid.to_string(),
+        epoch: info.epoch.0,
+        time: timestamp::precise(info.taken_ns),
+        size: info.size,
+        state,
+        reason,
+    }
+}
+
+fn snapshot_state(state: &SnapshotState) -> (String, Option<String>) {
+    match state {
+        SnapshotState::Active => ("active".to_owned(), None),
+        SnapshotState::Failed(why) => ("failed".to_owned(), Some(escape(why))),
+    }
 }
 
 /// One snapshot.
 pub fn snapshot_row(info: &SnapshotInfo) -> SnapshotRow {
-    let (state, reason) = match &info.state {
-        SnapshotState::Active => ("active", None),
-        SnapshotState::Failed(why) => ("failed", Some(escape(why))),
-    };
+    let (state, reason) = snapshot_state(&info.state);
     SnapshotRow {
         volume: info.volume.to_string(),
         name: info.name.to_string(),
@@ -91,7 +144,7 @@ pub fn snapshot_row(info: &SnapshotInfo) -> SnapshotRow {
         size: info.size,
         allocated: info.allocated,
         unique: info.unique,
-        state: state.to_owned(),
+        state,
         reason,
         parent: info.parent.map(|u| u.to_string()),
         group: info.group.map(|u| u.to_string()),
@@ -109,11 +162,19 @@ fn volume_state(state: &VolumeState) -> (&'static str, Option<String>) {
         VolumeState::Changed(why) => ("changed", Some(escape(why))),
         VolumeState::Suspect(why) => ("suspect", Some(escape(why))),
         VolumeState::Missing(why) => ("missing", Some(escape(why))),
+        VolumeState::Unfinished(why) => ("unfinished", Some(escape(why))),
     }
 }
 
 /// The states a volume can be in, in the order of the metric's label values.
-const VOLUME_STATES: [&str; 5] = ["active", "unverified", "changed", "suspect", "missing"];
+const VOLUME_STATES: [&str; 6] = [
+    "active",
+    "unverified",
+    "changed",
+    "suspect",
+    "missing",
+    "unfinished",
+];
 
 /// The report in the text format of Prometheus, version 0.0.4.
 pub fn metrics(report: &Report) -> String {
@@ -183,6 +244,16 @@ pub fn metrics(report: &Report) -> String {
         "Snapshots of the volume that could not be kept.",
         &mut volumes().map(|v| (of(v), sum(v, |s| s.state == "failed"))),
     );
+    gauge(
+        "volume_clones",
+        "Writable clones of the volume.",
+        &mut volumes().map(|v| (of(v), v.clones.len() as f64)),
+    );
+    gauge(
+        "volume_bookmarks",
+        "Bookmarks of the volume.",
+        &mut volumes().map(|v| (of(v), v.bookmarks.len() as f64)),
+    );
     snapshot_metrics(report, &mut gauge);
     out
 }
@@ -207,6 +278,16 @@ fn snapshot_metrics(report: &Report, gauge: &mut Gauge<'_>) {
         "snapshot_unique_bytes",
         "Bytes of the thin target that only this snapshot needs.",
         &mut snapshots().map(|s| (of(s), s.unique as f64)),
+    );
+    let clones = || report.volumes.iter().flat_map(|v| &v.clones);
+    gauge(
+        "clone_own_bytes",
+        "Bytes that lie in the clone's own layer.",
+        &mut clones().map(|c| {
+            let (volume, clone) = (label(&c.volume), label(&c.name));
+            let labels = format!("{{volume=\"{volume}\",clone=\"{clone}\"}}");
+            (labels, c.own as f64)
+        }),
     );
 }
 
@@ -252,7 +333,20 @@ mod tests {
             on_full_wait: 60,
             added: timestamp::precise(0),
             snapshots: vec![snapshot],
-            clones: vec![],
+            clones: vec![CloneRow {
+                volume: "vm".into(),
+                name: "c".into(),
+                uuid: "u".into(),
+                created: timestamp::precise(0),
+                modified: timestamp::precise(0),
+                size: 4096,
+                base: None,
+                base_name: None,
+                layers: 1,
+                own: 77,
+                state: "active".into(),
+                reason: None,
+            }],
             bookmarks: vec![],
         };
         Report {
@@ -285,10 +379,12 @@ mod tests {
                 samples += 1;
             }
         }
-        assert_eq!(samples, 14);
+        assert_eq!(samples, 18);
         assert!(text.contains("stillframe_log_bytes 9\n"));
         assert!(text.contains("stillframe_volume_size_bytes{volume=\"vm\"} 1099511627776\n"));
         assert!(text.contains("stillframe_volume_snapshots_failed{volume=\"vm\"} 1\n"));
+        assert!(text.contains("stillframe_volume_clones{volume=\"vm\"} 1\n"));
+        assert!(text.contains("stillframe_clone_own_bytes{volume=\"vm\",clone=\"c\"} 77\n"));
         assert!(
             text.contains("store=\"/a\\\"b\\\\c\\nstillframe_log_bytes 7\""),
             "{text}"

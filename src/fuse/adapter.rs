@@ -32,6 +32,9 @@ use crate::units::BLOCK;
 /// Background requests (readahead, asynchronous direct I/O) in flight at once.
 const MAX_BACKGROUND: u16 = 64;
 
+/// Most bytes of one copy_file_range: what its answer can say, in whole grains of any size.
+const COPY_MAX: u64 = 1 << 31;
+
 /// Longest file name; the kernel checks it too.
 const NAME_BYTES_MAX: u32 = 255;
 
@@ -64,7 +67,7 @@ impl Adapter {
     fn defer(&self, operation: &'static str, handler: impl FnOnce(&Tree) + Send + 'static) {
         let tree = Arc::clone(&self.tree);
         let pool = match operation {
-            "create" | "unlink" | "rename" => &self.catalogue,
+            "create" | "link" | "unlink" | "rename" => &self.catalogue,
             VIEW => &self.views,
             _ => &self.pool,
         };
@@ -102,6 +105,8 @@ impl Filesystem for Adapter {
             ("ATOMIC_O_TRUNC", InitFlags::FUSE_ATOMIC_O_TRUNC),
             ("PARALLEL_DIROPS", InitFlags::FUSE_PARALLEL_DIROPS),
             ("ASYNC_DIO", InitFlags::FUSE_ASYNC_DIO),
+            // Numbers can be looked up for ever, and none is given again: generation 0 will do.
+            ("EXPORT_SUPPORT", InitFlags::FUSE_EXPORT_SUPPORT),
         ];
         for (name, flag) in wanted {
             // None is needed to be right: without ATOMIC_O_TRUNC a rewrite is refused (EPERM).
@@ -163,20 +168,25 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        guarded("setattr", || {
-            let times = atime.is_some() || mtime.is_some();
-            let set = SetAttr {
-                mode,
-                uid,
-                gid,
-                size,
-                times,
-                caller: req.pid(),
-            };
-            let handle = fh.map(|fh| HandleId(fh.0));
-            let result = self.tree.setattr(NodeId(ino.0), handle, set);
+        let times = atime.is_some() || mtime.is_some();
+        let set = SetAttr {
+            mode,
+            uid,
+            gid,
+            size,
+            times,
+            caller: req.pid(),
+        };
+        let handle = fh.map(|fh| HandleId(fh.0));
+        let answer = move |tree: &Tree| {
+            let result = tree.setattr(NodeId(ino.0), handle, set);
             attributes("setattr", ino, result, reply);
-        });
+        };
+        // A clone that still grows gets another size, durably.
+        match size {
+            Some(_) => self.defer("setattr", answer),
+            None => guarded("setattr", || answer(&self.tree)),
+        }
     }
 
     fn mknod(
@@ -218,12 +228,16 @@ impl Filesystem for Adapter {
     fn link(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         new_parent: INodeNo,
-        _new_name: &OsStr,
+        new_name: &OsStr,
         reply: ReplyEntry,
     ) {
-        self.refuse_entry("link", new_parent, reply);
+        let name = new_name.to_string_lossy().into_owned();
+        self.defer("link", move |tree| {
+            let made = tree.link(NodeId(ino.0), NodeId(new_parent.0), &name);
+            entry("link", new_parent, made, reply);
+        });
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
@@ -275,13 +289,14 @@ impl Filesystem for Adapter {
         name: &OsStr,
         _mode: u32,
         _umask: u32,
-        _flags: i32,
+        flags: i32,
         reply: ReplyCreate,
     ) {
+        let flags = wire::open_flags(OpenFlags(flags));
         let name = name.to_string_lossy().into_owned();
         let caller = req.pid();
         self.defer("create", move |tree| {
-            match tree.create(NodeId(parent.0), &name, caller) {
+            match tree.create(NodeId(parent.0), &name, flags, caller) {
                 // One time to live for name and attributes alike: the name's.
                 Ok((attr, opened)) => reply.created(
                     &ENTRY_TTL,
@@ -297,12 +312,15 @@ impl Filesystem for Adapter {
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let id = NodeId(ino.0);
-        let run = move |tree: &Tree| match tree.open(id, wire::open_flags(flags)) {
+        let flags = wire::open_flags(flags);
+        let run = move |tree: &Tree| match tree.open(id, flags) {
             Ok(opened) => reply.opened(FileHandle(opened.handle.0), fopen(opened)),
             Err(e) => reply.error(answer("open", ino.0, &e)),
         };
         match self.tree.reads_to_look(id) {
             true => self.defer(VIEW, run),
+            // Empties a clone that still grows, durably.
+            false if flags.truncate => self.defer("open", run),
             false => guarded("open", || run(&self.tree)),
         }
     }
@@ -456,18 +474,15 @@ impl Filesystem for Adapter {
         _req: &Request,
         ino: INodeNo,
         name: &OsStr,
-        _value: &[u8],
+        value: &[u8],
         _flags: i32,
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        guarded("setxattr", || {
-            empty(
-                "setxattr",
-                ino,
-                self.tree.refuse_xattr(&name.to_string_lossy()),
-                reply,
-            );
+        let name = name.to_string_lossy().into_owned();
+        let value = value.to_vec();
+        self.defer_empty("setxattr", ino, reply, move |tree| {
+            tree.setxattr(NodeId(ino.0), &name, &value)
         });
     }
 
@@ -543,8 +558,7 @@ impl Filesystem for Adapter {
         });
     }
 
-    // ENOSYS tells the kernel to do without, from now on and without asking again.
-
+    /// ENOSYS tells the kernel to do without, from now on and without asking again.
     fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
         reply.error(Errno::ENOSYS);
     }
@@ -553,16 +567,25 @@ impl Filesystem for Adapter {
         &self,
         _req: &Request,
         _ino_in: INodeNo,
-        _fh_in: FileHandle,
-        _offset_in: u64,
-        _ino_out: INodeNo,
-        _fh_out: FileHandle,
-        _offset_out: u64,
-        _len: u64,
+        fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        reply.error(Errno::ENOSYS);
+        let (from, to) = (HandleId(fh_in.0), HandleId(fh_out.0));
+        let len = len.min(COPY_MAX);
+        self.defer("copy_file_range", move |tree| {
+            match tree.copy_range(from, offset_in, to, offset_out, len) {
+                // At most COPY_MAX, so it fits.
+                Ok(copied) => reply.written(copied as u32),
+                // EOPNOTSUPP has the kernel copy this one itself; ENOSYS would end all asking.
+                Err(e) => reply.error(answer("copy_file_range", ino_out.0, &e)),
+            }
+        });
     }
 
     fn ioctl(

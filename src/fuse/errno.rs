@@ -46,6 +46,7 @@ pub(super) fn of(error: &TreeError) -> Errno {
         TreeError::NoSuchOffset => Errno::ENXIO,
         TreeError::BadHandle => Errno::EBADF,
         TreeError::TooManyOpen => Errno::ENFILE,
+        TreeError::OtherVolume => Errno::EXDEV,
     }
 }
 
@@ -71,6 +72,7 @@ pub(super) fn answer(operation: &'static str, node: u64, error: &TreeError) -> E
         | TreeError::BufferTooSmall
         | TreeError::PastEnd
         | TreeError::NoSuchOffset
+        | TreeError::OtherVolume
         | TreeError::BadHandle => false,
     };
     if serious {

@@ -8,8 +8,8 @@
 //! - F1: every request is answered exactly once, also by a handler that panics (EIO).
 //! - F2: an answer is only sent after what it promises is so; a session that has ended has finished
 //!   every request it took.
-//! - F3: a write is never cached by the kernel: `live.img` is opened for direct I/O, and the
-//!   kernel's write-back cache is never asked for.
+//! - F3: a write is never cached by the kernel: `live.img` and clones are opened for direct I/O, and
+//!   the kernel's write-back cache is never asked for.
 //!
 //! Who may use the mount is the kernel's business (the mount option `allow_other`, with
 //! `default_permissions`), not fuser's: its own check would lock out loop devices.

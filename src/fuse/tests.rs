@@ -13,25 +13,33 @@ const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const MKDIR: u32 = 9;
+const LINK: u32 = 13;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
+const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
 const CREATE: u32 = 35;
 const DESTROY: u32 = 38;
+const COPY_FILE_RANGE: u32 = 47;
 
 const ENOENT: i32 = -2;
 const EIO: i32 = -5;
 const EPERM: i32 = -1;
+const EBUSY: i32 = -16;
+const EEXIST: i32 = -17;
+const EXDEV: i32 = -18;
 const EROFS: i32 = -30;
 const ERANGE: i32 = -34;
 const ENOSYS: i32 = -38;
+const EOPNOTSUPP: i32 = -95;
 
 const ATOMIC_O_TRUNC: u32 = 1 << 3;
+const EXPORT_SUPPORT: u32 = 1 << 4;
 const WRITEBACK_CACHE: u32 = 1 << 16;
 const DIRECT_IO: u32 = 1 << 0;
 const KEEP_CACHE: u32 = 1 << 1;
@@ -167,6 +175,36 @@ impl Kernel {
         self.call(opcode, node, &body).map(drop)
     }
 
+    /// The new node.
+    fn link(&mut self, source: u64, parent: u64, name: &str) -> Result<u64, i32> {
+        let mut body = source.to_le_bytes().to_vec();
+        body.extend(format!("{name}\0").as_bytes());
+        let entry = self.call(LINK, parent, &body)?;
+        assert_eq!(u64_at(&entry, 16), 0, "names are never cached");
+        Ok(u64_at(&entry, 0))
+    }
+
+    /// Node, handle and FOPEN flags.
+    fn create(&mut self, parent: u64, name: &str, flags: u32) -> Result<(u64, u64, u32), i32> {
+        let mut body = bytes32(&[flags, 0o644, 0o22, 0]);
+        body.extend(format!("{name}\0").as_bytes());
+        let made = self.call(CREATE, parent, &body)?;
+        Ok((u64_at(&made, 0), u64_at(&made, 128), u32_at(&made, 136)))
+    }
+
+    fn copy(&mut self, from: (u64, u64), to: (u64, u64), len: u64) -> Result<u32, i32> {
+        let body = [from.1, 0, to.0, to.1, 0, len, 0];
+        let body: Vec<u8> = body.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let copied = self.call(COPY_FILE_RANGE, from.0, &body)?;
+        Ok(u32_at(&copied, 0))
+    }
+
+    fn setxattr(&mut self, node: u64, name: &str, value: &str) -> Result<(), i32> {
+        let mut body = bytes32(&[value.len() as u32, 0]);
+        body.extend(format!("{name}\0{value}").as_bytes());
+        self.call(SETXATTR, node, &body).map(drop)
+    }
+
     fn destroy(mut self) {
         self.call(DESTROY, 0, &[]).unwrap();
         self.handle.wait().unwrap();
@@ -185,6 +223,7 @@ fn init_asks_for_what_we_need_and_never_for_the_write_back_cache() {
     let flags = u32_at(&reply, 12);
     assert_eq!(u32_at(&reply, 0), 7);
     assert_ne!(flags & ATOMIC_O_TRUNC, 0);
+    assert_ne!(flags & EXPORT_SUPPORT, 0);
     assert_eq!(flags & WRITEBACK_CACHE, 0);
     assert_eq!(u32_at(&reply, 20), 1 << 20, "max_write");
     assert_eq!(u32_at(&reply, 16) & 0xffff, 64, "max_background");
@@ -296,4 +335,57 @@ fn a_forced_unmount_is_a_normal_end() {
     assert_eq!(ended(Err(ErrorKind::ConnectionAborted.into())), Ok(()));
     assert_eq!(ended(Err(io::Error::from_raw_os_error(ENODEV))), Ok(()));
     assert!(ended(Err(ErrorKind::InvalidData.into())).is_err());
+}
+
+#[test]
+fn a_link_answers_with_a_new_node_and_a_copy_is_taken_over_or_left_to_the_kernel() {
+    let (mut k, _) = session();
+    let snapshots = k.walk("vm/snapshots");
+    let (a, fh, _) = k.create(snapshots, "a.img", 2).unwrap();
+    let clones = k.walk("vm/clones");
+    let b = k.link(a, clones, "b.img").unwrap();
+    assert_ne!(a, b);
+    assert_eq!(k.lookup(clones, "b.img"), Ok(b));
+    assert_eq!(k.link(a, clones, "b.img"), Err(EEXIST));
+    assert_eq!(k.link(b, snapshots, "c.img"), Err(EPERM));
+    let other = k.walk("odd/clones");
+    assert_eq!(k.link(b, other, "c.img"), Err(EXDEV));
+    let (live, clone) = (k.walk("vm/live.img"), (b, k.open(b, 2).unwrap()));
+    let (clone, flags) = ((clone.0, clone.1.0), clone.1.1);
+    assert_eq!(flags & (DIRECT_IO | KEEP_CACHE), DIRECT_IO);
+    assert_eq!(k.write(clone.0, clone.1, 9, b"clone"), Ok(5));
+    // A clone that has its content is copied to; the request stays on offer.
+    assert_eq!(k.copy((a, fh), clone, 4096), Err(EOPNOTSUPP));
+    let (c, grown, flags) = k.create(clones, "c.img", 1).unwrap();
+    assert_eq!(flags & (DIRECT_IO | KEEP_CACHE), DIRECT_IO);
+    // More than an answer can say: as much as there is.
+    let copied = k.copy((a, fh), (c, grown), u64::MAX >> 1);
+    assert_eq!(copied, Ok(World::VM as u32));
+    let (writer, _) = k.open(live, 2).unwrap();
+    let revert = "user.stillframe.revert";
+    assert_eq!(k.setxattr(live, revert, "a"), Err(EBUSY));
+    assert_eq!(k.setxattr(live, "user.stillframe.state", "a"), Err(EPERM));
+    assert_eq!(k.setxattr(live, "user.other", "a"), Err(EOPNOTSUPP));
+    k.handle_call(RELEASE, live, writer, 16).unwrap();
+    assert_eq!(k.setxattr(live, revert, "nope"), Err(ENOENT));
+    assert_eq!(k.setxattr(live, revert, "a"), Ok(()));
+    for (node, fh) in [(a, fh), clone, (c, grown)] {
+        k.handle_call(FLUSH, node, fh, 16).unwrap();
+        k.handle_call(RELEASE, node, fh, 16).unwrap();
+    }
+    k.destroy();
+}
+
+#[test]
+fn a_node_is_found_again_after_it_was_forgotten() {
+    let (mut k, _) = session();
+    let live = k.walk("vm/live.img");
+    let directory = k.walk("vm/snapshots");
+    for node in [live, directory] {
+        k.send(FORGET, node, &2u64.to_le_bytes());
+        assert_eq!(k.lookup(node, "."), Ok(node));
+    }
+    let volume = k.lookup(directory, "..").unwrap();
+    assert_eq!(k.lookup(ROOT.0, "vm"), Ok(volume));
+    k.destroy();
 }

@@ -1,14 +1,16 @@
 //! Everything that can be read as a raw disk image, and the rules for writing a whole one.
 //!
 //! An [`Image`] has a size, content at offsets, and a map of where it holds data. A snapshot and the
-//! live volume are images; what is shown later (clones, restore points, a diff as qcow2) is built
-//! over this trait and needs no code of its own in `tree`.
+//! live volume are images, and so are clones and a diff as qcow2; what is shown later (restore points)
+//! is built over this trait and needs no code of its own in `tree`.
 //!
 //! Promises: a range inside the size is read whole or not at all; a hole reads as zeros; the extents
 //! of a range cover it without gap or overlap and neighbours differ in kind.
 //!
-//! Does not: cache, lock, or know names. Writing is only possible through [`live::LiveImage`].
+//! Does not: cache, lock, or know names. Writing is only possible through [`live::LiveImage`] and
+//! [`clone::CloneImage`].
 
+pub mod clone;
 pub mod diff;
 pub mod live;
 pub mod qcow2;

@@ -199,6 +199,16 @@ impl Log {
         self.keep_free.store(bytes, Ordering::Release);
     }
 
+    /// As last set; see [`Log::set_keep_free`].
+    pub fn keep_free(&self) -> u64 {
+        self.keep_free.load(Ordering::Acquire)
+    }
+
+    /// Bytes that whoever shares the filesystem with the log leaves free for it.
+    pub fn keeps_free(&self) -> u64 {
+        self.keep_free.load(Ordering::Acquire) + RESERVE
+    }
+
     /// The checksum keys.
     pub fn keys(&self) -> &Keys {
         &self.config.keys
@@ -447,7 +457,11 @@ fn is_bulk(entries: &[Entry]) -> bool {
     entries.iter().any(|e| {
         matches!(
             e.record.kind,
-            RecordType::Preserve | RecordType::Zero | RecordType::Changed | RecordType::Redo
+            RecordType::Preserve
+                | RecordType::Zero
+                | RecordType::Changed
+                | RecordType::Bitmap
+                | RecordType::Redo
         )
     })
 }

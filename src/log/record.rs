@@ -17,6 +17,11 @@ pub const HEAD_LEN: usize = 40;
 /// Flag: a reader that does not know the type may skip the record.
 pub const SKIPPABLE: u16 = 1;
 
+/// Flag of a CHANGED: it was written before the grains were, for more of them than were meant.
+const CHANGED_INTENT: u32 = 1;
+/// Flag of a BITMAP: all records of its epoch are before it.
+const BITMAP_COMPLETE: u32 = 1;
+
 macro_rules! record_types {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $skippable:literal;)*) => {
         /// What a record says. Codes are part of the format and never change their meaning.
@@ -90,6 +95,10 @@ record_types! {
     VolumeRemoved = 32, false;
     /// A snapshot is on hold or released.
     Hold = 33, false;
+    /// A bookmark was deleted.
+    BookmarkDeleted = 35, false;
+    /// A clone is gone.
+    CloneDeleted = 34, false;
     /// In a CATALOG: counters and flags of the store.
     Store = 48, false;
 }
@@ -163,12 +172,66 @@ impl Record {
         }
     }
 
+    /// A CHANGED that announces writes into a run of grains, before it is known which of them.
+    pub fn intent(
+        volume: u32,
+        epoch: u64,
+        grains: std::ops::Range<u64>,
+        grain_bytes: u64,
+    ) -> Record {
+        let mut record = Record::grains(RecordType::Changed, volume, epoch, grains, grain_bytes);
+        record.body.extend_from_slice(&CHANGED_INTENT.to_le_bytes());
+        record
+    }
+
+    /// Whether it is an intent.
+    pub fn is_intent(&self) -> bool {
+        let flags = self
+            .body
+            .get(4..8)
+            .map(|f| f.try_into().expect("four bytes"));
+        self.kind == RecordType::Changed
+            && flags.is_some_and(|f| u32::from_le_bytes(f) & CHANGED_INTENT != 0)
+    }
+
+    /// A BITMAP of the chunk of grains that begins at `first`. A complete one replaces what was
+    /// known to have changed in its epoch, another adds to it.
+    pub fn bitmap(
+        volume: u32,
+        epoch: u64,
+        first: u64,
+        count: u32,
+        bits: &[u8],
+        complete: bool,
+    ) -> Record {
+        let flags = if complete { BITMAP_COMPLETE } else { 0 };
+        let mut w = Writer::new();
+        w.u32(flags).u32(0).raw(bits);
+        Record {
+            body: w.finish(),
+            ..Record::run(RecordType::Bitmap, volume, epoch, first, count)
+        }
+    }
+
+    /// The bits of a BITMAP, and whether it is complete; `None` if it has none.
+    pub fn bitmap_bits(&self) -> Option<(&[u8], bool)> {
+        let (head, bits) = self.body.split_at_checked(8)?;
+        let flags = u32::from_le_bytes(head[..4].try_into().expect("four bytes"));
+        Some((bits, flags & BITMAP_COMPLETE != 0))
+    }
+
     /// Bytes of a grain, for records of runs of grains; `None` if it does not say.
     pub fn grain_bytes(&self) -> Option<u32> {
         match self.kind {
             RecordType::Preserve => self.payload.len.checked_div(self.count),
-            RecordType::Zero | RecordType::Changed => {
-                self.body.as_slice().try_into().ok().map(u32::from_le_bytes)
+            RecordType::Zero => self.body.as_slice().try_into().ok().map(u32::from_le_bytes),
+            RecordType::Changed => {
+                let bytes = self.body.get(..4)?;
+                bytes.try_into().ok().map(u32::from_le_bytes)
+            }
+            RecordType::CloneAlloc => {
+                let head = self.body.first_chunk()?;
+                Some(u32::from_le_bytes(*head))
             }
             _ => None,
         }
@@ -296,6 +359,35 @@ mod tests {
             assert_eq!(bytes.len(), record.encoded_len());
             assert_eq!(decode_table(&bytes, 1).unwrap(), vec![record]);
         }
+    }
+
+    #[test]
+    fn an_intent_is_told_from_a_change_and_a_bitmap_keeps_its_bits() {
+        let plain = Record::grains(RecordType::Changed, 3, 9, 16..48, 8192);
+        let intent = Record::intent(3, 9, 16..48, 8192);
+        assert!(intent.is_intent() && !plain.is_intent());
+        assert!(!Record::grains(RecordType::Zero, 3, 9, 16..48, 8192).is_intent());
+        for record in [plain, intent] {
+            assert_eq!(record.grain_bytes(), Some(8192));
+            assert_eq!((record.first, record.count), (16, 32));
+        }
+        for complete in [false, true] {
+            let bitmap = Record::bitmap(3, 9, 1 << 17, 1 << 17, b"bits", complete);
+            let read = decode_table(&encode_table(std::slice::from_ref(&bitmap)), 1).unwrap();
+            assert_eq!(read, [bitmap]);
+            assert_eq!(read[0].bitmap_bits(), Some((&b"bits"[..], complete)));
+        }
+        let short = Record::plain(RecordType::Bitmap, 3, 9, vec![0; 7]);
+        assert_eq!(short.bitmap_bits(), None);
+    }
+
+    /// Golden bytes of the bodies: a change of any of them is a new format version.
+    #[test]
+    fn golden_bodies_of_tracking() {
+        let intent = Record::intent(3, 9, 16..48, 8192);
+        assert_eq!(intent.body, [0, 0x20, 0, 0, 1, 0, 0, 0]);
+        let bitmap = Record::bitmap(3, 9, 0, 1 << 17, &[7, 8], true);
+        assert_eq!(bitmap.body, [1, 0, 0, 0, 0, 0, 0, 0, 7, 8]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use roaring::RoaringBitmap;
 
 use crate::error::{Error, Kind, Result};
-use crate::map::keys::{checksum, put_key, take_key};
+use crate::map::keys::{GRAINS_MAX, checksum, put_key, take_key};
 use crate::units::{Epoch, VolumeId};
 
 /// Grains of a chunk, the unit in which sets are shared and persisted.
@@ -181,6 +181,19 @@ impl GrainSet {
         })
     }
 
+    /// The grains of the chunk that begins at `first`, from roaring's portable format; `None` if
+    /// it does not hold such.
+    pub fn from_chunk_bytes(first: u64, mut bytes: &[u8]) -> Option<GrainSet> {
+        let bits = RoaringBitmap::deserialize_from(&mut bytes).ok()?;
+        let inside = bits.max().is_none_or(|max| u64::from(max) < CHUNK_GRAINS);
+        if !inside || !bytes.is_empty() || !first.is_multiple_of(CHUNK_GRAINS) {
+            return None;
+        }
+        let mut set = GrainSet::new();
+        set.set_chunk(first / CHUNK_GRAINS, Some(Arc::new(bits)));
+        Some(set)
+    }
+
     fn chunk(&self, chunk: u64) -> Option<Arc<RoaringBitmap>> {
         self.chunks.get(&chunk).cloned()
     }
@@ -192,6 +205,8 @@ impl GrainSet {
         };
     }
 }
+
+impl Eq for GrainSet {}
 
 impl std::fmt::Debug for GrainSet {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -288,6 +303,29 @@ impl EpochSets {
         }
     }
 
+    /// Records that exactly these grains of a range changed, or were preserved.
+    pub fn replace_changed(&mut self, range: Range<u64>, touched: &GrainSet) {
+        self.changed.remove_range(range.clone());
+        for run in touched.ranges_in(range) {
+            self.change(run);
+        }
+    }
+
+    /// All grains of a chunk that anything happened to, in roaring's portable format.
+    pub fn touched_bytes(&self, chunk: u64) -> Vec<u8> {
+        let mut all = RoaringBitmap::new();
+        for set in [&self.data, &self.zero, &self.changed] {
+            if let Some(bits) = set.chunk(chunk) {
+                all |= &*bits;
+            }
+        }
+        all.optimize();
+        let mut out = Vec::new();
+        all.serialize_into(&mut out)
+            .expect("writing to memory cannot fail");
+        out
+    }
+
     /// What was preserved in a range is gone, but did change.
     pub fn bury(&mut self, range: Range<u64>) {
         for set in [&mut self.data, &mut self.zero] {
@@ -337,6 +375,12 @@ impl ChunkKey {
     /// Numbers of the chunks a range of grains touches.
     pub fn touched(grains: Range<u64>) -> Range<u64> {
         grains.start / CHUNK_GRAINS..grains.end.div_ceil(CHUNK_GRAINS)
+    }
+
+    /// The grains of a chunk, as far as a volume can have them.
+    pub fn grains(chunk: u64) -> Range<u64> {
+        let start = chunk * CHUNK_GRAINS;
+        start..(start + CHUNK_GRAINS).min(GRAINS_MAX)
     }
 
     /// The key as the index orders it.
@@ -455,6 +499,59 @@ mod tests {
 
     use super::*;
     use crate::map::tests::Random;
+
+    #[test]
+    fn the_bits_of_a_chunk_survive_as_bytes() {
+        let mut sets = EpochSets::default();
+        let base = 3 * CHUNK_GRAINS;
+        sets.preserve(base..base + 5, false);
+        sets.preserve(base + 9..base + 70_000, true);
+        sets.change(base + CHUNK_GRAINS - 1..base + CHUNK_GRAINS + 4);
+        let bytes = sets.touched_bytes(3);
+        let read = GrainSet::from_chunk_bytes(base, &bytes).unwrap();
+        let runs = [
+            base..base + 5,
+            base + 9..base + 70_000,
+            base + CHUNK_GRAINS - 1..base + CHUNK_GRAINS,
+        ];
+        assert_eq!(read, runs.into_iter().collect());
+        let empty = EpochSets::default().touched_bytes(3);
+        let none = GrainSet::from_chunk_bytes(base, &empty).unwrap();
+        assert!(none.is_empty());
+        assert_eq!(GrainSet::from_chunk_bytes(base + 1, &bytes), None);
+        for cut in 0..bytes.len() {
+            assert_eq!(
+                GrainSet::from_chunk_bytes(base, &bytes[..cut]),
+                None,
+                "{cut}"
+            );
+        }
+        let longer = [&bytes[..], &[0]].concat();
+        assert_eq!(GrainSet::from_chunk_bytes(base, &longer), None);
+        let mut far = Vec::new();
+        let bits = RoaringBitmap::from([CHUNK_GRAINS as u32]);
+        bits.serialize_into(&mut far).unwrap();
+        assert_eq!(
+            GrainSet::from_chunk_bytes(base, &far),
+            None,
+            "out of the chunk"
+        );
+    }
+
+    #[test]
+    fn a_complete_bitmap_replaces_what_changed_and_leaves_what_is_kept() {
+        let mut sets = EpochSets::default();
+        sets.preserve(10..20, false);
+        sets.preserve(30..40, true);
+        sets.change(0..100);
+        sets.change(CHUNK_GRAINS..CHUNK_GRAINS + 9);
+        let exact: GrainSet = [5..6, 10..20, 50..52].into_iter().collect();
+        sets.replace_changed(0..CHUNK_GRAINS, &exact);
+        let changed = [5..6, 50..52, CHUNK_GRAINS..CHUNK_GRAINS + 9];
+        assert_eq!(sets.changed, changed.into_iter().collect());
+        assert_eq!(sets.data, std::iter::once(10..20).collect());
+        assert_eq!(sets.zero, std::iter::once(30..40).collect());
+    }
 
     /// Ranges around the ends of containers and chunks, and some that span several.
     fn random_range(random: &mut Random) -> Range<u64> {

@@ -54,6 +54,13 @@ pub enum Published {
     Zero,
     /// Changed without being preserved.
     Changed,
+    /// Of the grains of one chunk, those that changed or were preserved.
+    Bits {
+        /// Which.
+        bits: GrainSet,
+        /// Every record of the epoch came before: what else was taken for changed was not.
+        complete: bool,
+    },
 }
 
 /// A part of a plan.
@@ -261,7 +268,7 @@ impl ExtentMap {
         }
         drop(state);
         for record in &records {
-            if record.kind != Published::Changed {
+            if matches!(record.kind, Published::Data { .. } | Published::Zero) {
                 self.count(record.volume, |n| n.fetch_add(1, Ordering::SeqCst));
             }
         }
@@ -322,6 +329,11 @@ impl ExtentMap {
             .epochs(volume, Epoch(0)..Epoch(u64::MAX))
             .map(|(epoch, _)| epoch)
             .collect()
+    }
+
+    /// Whether anything is known of an epoch.
+    pub fn has_sets(&self, volume: VolumeId, epoch: Epoch) -> bool {
+        self.lock().sets.contains_key(&(volume, epoch))
     }
 
     /// The sets of some epochs; they share memory with the map's until one side changes.

@@ -67,13 +67,21 @@ impl State {
         let sets = self.sets.entry((record.volume, record.epoch)).or_default();
         match &record.kind {
             Published::Changed => sets.change(grains.clone()),
+            Published::Bits { bits, complete } => {
+                if *complete {
+                    sets.replace_changed(grains.clone(), bits);
+                } else {
+                    bits.ranges_in(grains.clone())
+                        .for_each(|run| sets.change(run));
+                }
+            }
             Published::Zero => sets.preserve(grains.clone(), true),
             Published::Data { .. } => sets.preserve(grains.clone(), false),
         }
         self.mark_dirty(record.volume, record.epoch, grains.clone());
         for (region, part) in regions(grains) {
             let new = match &record.kind {
-                Published::Changed => return,
+                Published::Changed | Published::Bits { .. } => return,
                 Published::Zero => New::Zero(record.segment),
                 Published::Data { place, sums } => {
                     let skip = (region * REGION_GRAINS + part.start as u64 - record.start) as usize;

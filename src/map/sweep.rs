@@ -49,7 +49,8 @@ struct Step {
 impl ExtentMap {
     /// Takes dead records of a volume out of the index. `live` names, sorted, every epoch whose
     /// snapshot exists, is being taken, or is held open; it must have been gathered after the last
-    /// checkpoint returned. `freed` is told of payload (place, log blocks) after its records are gone
+    /// checkpoint returned. `bookmark` is the oldest epoch besides in which a diff may start: its
+    /// sets and later ones stay. `freed` is told of payload (place, log blocks) after its records are gone
     /// from the index, though not durably before the next checkpoint. After a cut the same payload
     /// may be told again, also of a segment that is gone by then.
     ///
@@ -62,6 +63,7 @@ impl ExtentMap {
         &self,
         volume: VolumeId,
         live: &[Epoch],
+        bookmark: Option<Epoch>,
         freed: &mut dyn FnMut(Place, u64),
     ) -> Result<Swept> {
         assert!(live.is_sorted(), "live epochs are sorted");
@@ -103,7 +105,7 @@ impl ExtentMap {
                 break;
             }
         }
-        self.drop_epochs(volume, live, covered);
+        self.drop_epochs(volume, live, bookmark, covered);
         Ok(walk.swept)
     }
 
@@ -157,12 +159,19 @@ impl ExtentMap {
     }
 
     /// Drops the sets in which no diff can start any more.
-    fn drop_epochs(&self, volume: VolumeId, live: &[Epoch], covered: Option<Epoch>) {
+    fn drop_epochs(
+        &self,
+        volume: VolumeId,
+        live: &[Epoch],
+        bookmark: Option<Epoch>,
+        covered: Option<Epoch>,
+    ) {
         let end = match (live.first(), covered) {
             (Some(&first), _) => first,
             (None, Some(covered)) => Epoch(covered.0 + 1),
             (None, None) => return,
         };
+        let end = bookmark.map_or(end, |bookmark| end.min(bookmark));
         loop {
             let mut state = self.lock();
             let first = state

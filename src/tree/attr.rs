@@ -5,22 +5,23 @@
 
 use crate::error::Kind;
 use crate::image::Image;
+use crate::image::clone::CloneImage;
 use crate::image::live::LiveImage;
 use crate::sys::disk::Space;
 use crate::tree::Tree;
 use crate::tree::diffs::{DiffNode, Format};
-use crate::tree::handle::Handle;
+use crate::tree::handle::{Content, Handle};
 use crate::tree::node::{
-    CONTROL, Node, ROOT, VolumeNode, diffs_node, live_node, snapshots_node, status_entry,
-    volume_directory,
+    CONTROL, Node, ROOT, VolumeNode, clones_node, diffs_node, live_node, snapshots_node,
+    status_entry, volume_directory,
 };
 use crate::tree::types::{Attr, FileKind, HandleId, NodeId, Result, SetAttr, TreeError};
 use crate::units::SECTOR;
-use crate::volume::SnapshotInfo;
+use crate::volume::{CloneInfo, SnapshotInfo};
 
 const MODE_DIRECTORY: u16 = 0o700;
 const MODE_READ_ONLY: u16 = 0o400;
-const MODE_LIVE: u16 = 0o600;
+const MODE_WRITABLE: u16 = 0o600;
 
 /// A file's facts before owner and kind are added.
 struct FileFacts {
@@ -66,13 +67,13 @@ impl Tree {
                 })
             }
             Node::VolumeDirectory(v) => {
-                self.directory(volume_directory(v.info.ino_base), 2, v.info.added_ns)
+                self.directory(volume_directory(v.info.ino_base), 3, v.info.added_ns)
             }
             Node::Live(v) => {
                 let image = LiveImage::new(v.volume.clone());
                 self.file(FileFacts {
                     node: live_node(v.info.ino_base),
-                    mode: MODE_LIVE,
+                    mode: MODE_WRITABLE,
                     nlink: 1,
                     size: image.size(),
                     // A source that cannot be asked is shown as full: nobody then skips a hole
@@ -87,6 +88,13 @@ impl Tree {
                 self.directory(snapshots_node(v.info.ino_base), 0, self.newest(v)?)
             }
             Node::Snapshot { info, linked } => self.snapshot_attr(info, *linked),
+            Node::Clones(v) => {
+                let clones = self.engine.clones(&v.info.name)?;
+                let newest = clones.iter().map(|c| c.created_ns).max();
+                let time_ns = newest.unwrap_or(v.info.added_ns);
+                self.directory(clones_node(v.info.ino_base), 0, time_ns)
+            }
+            Node::Clone { info, linked } => self.clone_attr(info, *linked),
             Node::Diffs(v) => self.directory(diffs_node(v.info.ino_base), 0, self.newest(v)?),
             Node::Diff(diff) => self.diff_attr(diff)?,
         })
@@ -126,6 +134,27 @@ impl Tree {
             mtime_ns: info.mtime_ns,
             ctime_ns: info.taken_ns,
             fixed: true,
+        })
+    }
+
+    pub(super) fn clone_attr(&self, info: &CloneInfo, linked: bool) -> Attr {
+        let node = NodeId(info.ino);
+        let image = self.handles.open_clone(node).or_else(|| {
+            let opened = self.engine.open_clone(&info.volume, &info.name);
+            opened.ok().map(CloneImage::new)
+        });
+        let image = image.filter(|image| image.info().ino == info.ino);
+        let allocated = image.and_then(|image| image.allocated().ok());
+        self.file(FileFacts {
+            node,
+            mode: MODE_WRITABLE,
+            nlink: u32::from(linked),
+            size: info.size,
+            // One that cannot be asked is shown as full: nobody then skips a hole that is not one.
+            allocated: allocated.unwrap_or(u64::MAX),
+            mtime_ns: info.mtime_ns,
+            ctime_ns: info.mtime_ns.max(info.created_ns),
+            fixed: false,
         })
     }
 
@@ -180,26 +209,47 @@ impl Tree {
         if other_mode || other_owner {
             return Err(refused("mode and owner are fixed"));
         }
-        if let Some(size) = set.size {
-            self.set_size(&node, &attr, handle, size)?;
-        }
         if set.times {
             self.set_times(id, &node, set.caller)?;
+        }
+        if let Some(size) = set.size
+            && self.set_size(&node, &attr, handle, size)?
+        {
+            return self.getattr(id);
         }
         Ok(attr)
     }
 
-    /// Only the size that is there already can be set. On a rewrite that is the word that the image
-    /// ends where the volume does.
+    /// Only the size that is there already can be set, and any one while a clone grows. On a rewrite
+    /// that is the word that the image ends where the volume does. Returns whether the size is
+    /// another now.
     fn set_size(
         &self,
         node: &Node,
         attr: &Attr,
         handle: Option<HandleId>,
         size: u64,
-    ) -> Result<()> {
+    ) -> Result<bool> {
+        let handle = handle.map(|handle| self.handles.get(handle)).transpose()?;
+        let open = match handle.as_deref() {
+            Some(Handle::Image(h)) if h.node == attr.node => Some(h),
+            _ => None,
+        };
         match node {
             Node::Live(_) => {}
+            Node::Clone { info, linked } => {
+                let image = match open.map(|h| &h.content) {
+                    Some(Content::Clone(image)) => image.clone(),
+                    _ => self.clone_image(info, *linked)?,
+                };
+                if image.is_growing() {
+                    image.set_size(size)?;
+                    if let Some(h) = open {
+                        h.touched();
+                    }
+                    return Ok(true);
+                }
+            }
             Node::Snapshot { .. } | Node::Status(_) | Node::Diff(_) => {
                 return Err(TreeError::ReadOnly);
             }
@@ -207,26 +257,24 @@ impl Tree {
             | Node::Control
             | Node::VolumeDirectory(_)
             | Node::Snapshots(_)
+            | Node::Clones(_)
             | Node::Diffs(_) => return Err(TreeError::IsDirectory),
         }
         if size != attr.size {
             return Err(refused(
-                "the size of a volume is changed by a command, not by truncating",
+                "the size of an image is not changed by truncating; a volume's is by a command",
             ));
         }
-        if let Some(handle) = handle
-            && let Handle::Live(live) = &*self.handles.get(handle)?
-            && let Some(rewrite) = &live.rewrite
-        {
+        if let Some(rewrite) = open.and_then(|h| h.rewrite.as_ref()) {
             rewrite.extend_to_size();
         }
-        Ok(())
+        Ok(false)
     }
 
     fn set_times(&self, id: NodeId, node: &Node, caller: u32) -> Result<()> {
         match node {
             // cp -p and rsync set them after writing; the next write would change them anyway.
-            Node::Live(_) => Ok(()),
+            Node::Live(_) | Node::Clone { .. } => Ok(()),
             // touch sets them right after the CREATE that took the snapshot, without the handle. A
             // second touch comes this far too, perhaps before the first one's handle is released.
             Node::Snapshot { .. } if self.handles.is_creator(id, caller) => Ok(()),
@@ -238,6 +286,7 @@ impl Tree {
             | Node::Status(_)
             | Node::VolumeDirectory(_)
             | Node::Snapshots(_)
+            | Node::Clones(_)
             | Node::Diffs(_)
             | Node::Diff(_) => Err(refused("times are fixed")),
         }

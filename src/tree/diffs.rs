@@ -1,10 +1,11 @@
-//! `diffs/`: names of pairs of snapshots to files, and what the files hold.
+//! `diffs/`: names of pairs of points to files, and what the files hold. The older one is a snapshot
+//! or a bookmark, the newer one a snapshot or the live volume.
 //!
 //! A diff of two snapshots is computed when somebody asks for its attributes or opens it, by reading
 //! what changed in the newer one; the outcome is a function of the two, so the last ones are kept
 //! ([`Computed`]). One to `live` is made anew for everybody who asks.
 //!
-//! An open diff holds both snapshots: it reads on, the same bytes, when they are renamed or deleted.
+//! An open diff holds its snapshots: it reads on, the same bytes, when they are renamed or deleted.
 //! If either fails, every read of it fails from then on. The names inside are those at the opening.
 
 use std::collections::VecDeque;
@@ -21,7 +22,7 @@ use crate::tree::handle::Handle;
 use crate::tree::node::{Node, VolumeNode, live_node};
 use crate::tree::types::{NodeId, Result, TreeError};
 use crate::units::{Grain, Name};
-use crate::volume::{Diff, Snapshot, SnapshotInfo, SnapshotState};
+use crate::volume::{Diff, DiffPoint, Snapshot, SnapshotInfo, SnapshotState};
 
 /// Diffs of two snapshots that are kept, and extents that they may have together.
 const KEPT_MAX: usize = 1024;
@@ -50,7 +51,7 @@ impl Format {
 #[derive(Clone)]
 pub(super) struct DiffNode {
     pub volume: VolumeNode,
-    pub from: SnapshotInfo,
+    pub from: DiffPoint,
     /// `None` is the live volume.
     pub to: Option<SnapshotInfo>,
     pub format: Format,
@@ -73,9 +74,12 @@ impl DiffNode {
     }
 
     fn facts(&self) -> Result<()> {
-        for point in [Some(&self.from), self.to.as_ref()].into_iter().flatten() {
-            if let SnapshotState::Failed(why) = &point.state {
-                let why = format!("snapshot {}@{} has failed: {why}", point.volume, point.name);
+        let from = Some((&self.from.name, &self.from.state));
+        let to = self.to.as_ref().map(|to| (&to.name, &to.state));
+        for (name, state) in [from, to].into_iter().flatten() {
+            if let SnapshotState::Failed(why) = state {
+                let volume = &self.from.volume;
+                let why = format!("{volume}@{name} has failed: {why}");
                 return Err(TreeError::new(Kind::Failed, why));
             }
         }
@@ -118,6 +122,9 @@ impl Content {
             .map_err(|(kind, why)| TreeError::new(*kind, why.clone()))
     }
 }
+
+/// A diff's content, its older snapshot unless that is a bookmark, and its newer one.
+type Held = (Arc<Content>, Option<Arc<Snapshot>>, Arc<Snapshot>);
 
 /// What one pair's first asker leaves for the others; they wait for it.
 type Slot = Arc<Mutex<Option<Arc<Content>>>>;
@@ -165,14 +172,15 @@ impl Computed {
 pub(super) struct DiffHandle {
     pub node: DiffNode,
     pub image: Qcow2,
-    from: Arc<Snapshot>,
+    /// Absent for a bookmark, which has nothing that could be read.
+    from: Option<Arc<Snapshot>>,
     to: Arc<Snapshot>,
 }
 
 impl DiffHandle {
     /// Whether both ends can still be vouched for; tables are not read from either.
     pub fn check(&self) -> Result<()> {
-        for end in [&self.from, &self.to] {
+        for end in self.from.iter().chain([&self.to]) {
             end.next_hole(end.size())?;
         }
         Ok(())
@@ -193,7 +201,7 @@ impl Tree {
             .ok_or_else(|| absent(file))?;
         let pair = file.strip_suffix(format.suffix()).unwrap_or(file);
         let (from, to) = pair.split_once("..").ok_or_else(|| absent(file))?;
-        let from = self.engine.snapshot(&volume.info.name, &name(from)?)?;
+        let from = self.engine.diff_point(&volume.info.name, &name(from)?)?;
         let to = match to {
             LIVE if format == Format::Json => None,
             to => Some(self.engine.snapshot(&volume.info.name, &name(to)?)?),
@@ -244,9 +252,16 @@ impl Tree {
             }
         };
         let all = self.engine.snapshots(&volume.info.name)?;
-        let find = |ino: u64| all.iter().find(|s| s.ino == ino).cloned();
+        let older = match all.iter().find(|s| s.ino == from) {
+            Some(snapshot) => Some(DiffPoint::from(snapshot)),
+            None => {
+                let marks = self.engine.bookmarks(&volume.info.name)?;
+                let mark = marks.iter().find(|b| b.ino == from);
+                mark.map(DiffPoint::from)
+            }
+        };
         let live = live_node(volume.info.ino_base).0 == to;
-        match (find(from), find(to)) {
+        match (older, all.into_iter().find(|s| s.ino == to)) {
             (Some(from), to) if to.is_some() || live => Ok(Node::Diff(Box::new(DiffNode {
                 volume,
                 from,
@@ -321,7 +336,7 @@ impl Tree {
             }
             None => {
                 let diff = self.engine.diff(volume, &node.from.name, None)?;
-                same(&diff.from, &node.from)?;
+                same(diff.from.ino, node.from.ino)?;
                 let image = LiveImage::new(Arc::clone(&node.volume.volume));
                 let extents = extents(&image, &diff)?;
                 DiffList::new(&diff, extents)
@@ -330,27 +345,30 @@ impl Tree {
         Ok(list.json()?)
     }
 
-    /// The content of a diff of two snapshots, and both, held.
-    fn content(
-        &self,
-        node: &DiffNode,
-        to: &SnapshotInfo,
-    ) -> Result<(Arc<Content>, Arc<Snapshot>, Arc<Snapshot>)> {
+    /// The content of a diff that does not end at `live`, and its snapshots, held.
+    fn content(&self, node: &DiffNode, to: &SnapshotInfo) -> Result<Held> {
         let volume = &node.volume.info.name;
-        let open = |info: &SnapshotInfo| -> Result<Arc<Snapshot>> {
-            let snapshot = self.engine.open_snapshot(volume, &info.name)?;
-            same(&snapshot.info(), info)?;
+        let open = |name: &Name, ino: u64| -> Result<Arc<Snapshot>> {
+            let snapshot = self.engine.open_snapshot(volume, name)?;
+            same(snapshot.info().ino, ino)?;
             Ok(snapshot)
         };
-        let (older, newer) = (open(&node.from)?, open(to)?);
+        let from = &node.from;
+        let older = match from.bookmark {
+            true => None,
+            false => Some(open(&from.name, from.ino)?),
+        };
+        let newer = open(&to.name, to.ino)?;
         let slot = self.computed.slot((node.from.ino, to.ino));
         let mut kept = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(content) = &*kept {
             return Ok((Arc::clone(content), older, newer));
         }
         let diff = self.engine.diff(volume, &node.from.name, Some(&to.name))?;
-        same(&diff.from, &node.from)?;
-        diff.to.as_ref().map_or(Ok(()), |found| same(found, to))?;
+        same(diff.from.ino, node.from.ino)?;
+        diff.to
+            .as_ref()
+            .map_or(Ok(()), |found| same(found.ino, to.ino))?;
         let extents = extents(&*newer, &diff)?;
         let layout = Layout::new(diff.size, &extents).map(Arc::new);
         let content = Arc::new(Content {
@@ -378,8 +396,8 @@ fn backing(name: &Name) -> String {
 }
 
 /// Whether a name still means the snapshot it meant.
-fn same(found: &SnapshotInfo, meant: &SnapshotInfo) -> Result<()> {
-    if found.ino == meant.ino {
+fn same(found: u64, meant: u64) -> Result<()> {
+    if found == meant {
         return Ok(());
     }
     let why = "the snapshot was just renamed";

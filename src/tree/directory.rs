@@ -1,8 +1,9 @@
 //! Directory operations: lookup, listing, and the catalogue changes that are file operations.
 //!
-//! Taking a snapshot is CREATE in `snapshots/`, deleting one is UNLINK, renaming one is RENAME. All
-//! three are durable when they return (T1). Everything else that would make, remove or move a name
-//! is refused, so that a stray cp, mv or rsync harms nothing.
+//! Taking a snapshot is CREATE in `snapshots/`, deleting one is UNLINK, renaming one is RENAME; the same
+//! in `clones/` makes an empty clone, deletes and renames one (LINK, which clones, is in `clones`).
+//! All are durable when they return (T1). Everything else that would make, remove or move a name is
+//! refused, so that a stray cp, mv or rsync harms nothing.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -10,17 +11,17 @@ use crate::error::Kind;
 use crate::tree::Tree;
 use crate::tree::handle::{Handle, SnapshotHandle};
 use crate::tree::node::{
-    CONTROL, CONTROL_NAME, DIFFS_NAME, LIVE_NAME, Node, ROOT, SNAPSHOTS_NAME, VolumeNode,
-    diffs_node, live_node, snapshots_node, status_entry, volume_directory,
+    CLONES_NAME, CONTROL, CONTROL_NAME, DIFFS_NAME, LIVE_NAME, Node, ROOT, SNAPSHOTS_NAME,
+    VolumeNode, clones_node, diffs_node, live_node, snapshots_node, status_entry, volume_directory,
 };
 use crate::tree::types::{
-    Attr, Caching, DirEntry, FileKind, HandleId, NodeId, Opened, RenameMode, Result, StatusFile,
-    TreeError,
+    Attr, Caching, DirEntry, FileKind, HandleId, NodeId, OpenFlags, Opened, RenameMode, Result,
+    StatusFile, TreeError,
 };
 use crate::units::{Name, escape};
 use crate::volume::VolumeInfo;
 
-/// What a snapshot's file name ends with.
+/// What a snapshot's and a clone's file name ends with.
 pub(super) const IMAGE_SUFFIX: &str = ".img";
 
 /// Cookie of `.`; `..` has the next one, every other entry its inode number and this on top, which
@@ -29,12 +30,38 @@ const COOKIE_DOT: u64 = 1;
 const COOKIE_BASE: u64 = 2;
 
 impl Tree {
-    /// Finds a name in a directory and counts the answer until it is forgotten.
+    /// Finds a name in a directory and counts the answer until it is forgotten. `.` and `..` are asked
+    /// for when somebody comes with a file handle he has kept: `.` of any node is that node.
     ///
     /// # Errors
     /// `NotFound`; `NotDirectory`.
     pub fn lookup(&self, parent: NodeId, name: &str) -> Result<Attr> {
-        let node = match self.resolve(parent)? {
+        let parent = self.resolve(parent)?;
+        let node = match name {
+            "." => parent,
+            ".." => self.above(parent)?,
+            name => self.named(parent, name)?,
+        };
+        let attr = self.attr(&node)?;
+        self.nodes.remember(attr.node, &node);
+        Ok(attr)
+    }
+
+    /// The directory in which a directory lies.
+    fn above(&self, directory: Node) -> Result<Node> {
+        Ok(match directory {
+            Node::Root | Node::Control | Node::VolumeDirectory(_) => Node::Root,
+            Node::Snapshots(v) | Node::Clones(v) | Node::Diffs(v) => Node::VolumeDirectory(v),
+            Node::Live(_)
+            | Node::Status(_)
+            | Node::Snapshot { .. }
+            | Node::Clone { .. }
+            | Node::Diff(_) => return Err(TreeError::NotDirectory),
+        })
+    }
+
+    fn named(&self, parent: Node, name: &str) -> Result<Node> {
+        Ok(match parent {
             Node::Root if name == CONTROL_NAME => Node::Control,
             Node::Root => Node::VolumeDirectory(
                 self.volume_node(&Name::new(name).map_err(|_| absent(name))?)?,
@@ -48,21 +75,26 @@ impl Tree {
             }
             Node::VolumeDirectory(v) if name == LIVE_NAME => Node::Live(v),
             Node::VolumeDirectory(v) if name == SNAPSHOTS_NAME => Node::Snapshots(v),
+            Node::VolumeDirectory(v) if name == CLONES_NAME => Node::Clones(v),
             Node::VolumeDirectory(v) if name == DIFFS_NAME => Node::Diffs(v),
             Node::VolumeDirectory(_) => return Err(absent(name)),
             Node::Diffs(v) => self.diff_named(v, name)?,
             Node::Snapshots(v) => {
-                let snapshot = snapshot_name(name).map_err(|_| absent(name))?;
+                let snapshot = image_name(name).map_err(|_| absent(name))?;
                 let info = self.engine.snapshot(&v.info.name, &snapshot)?;
                 Node::Snapshot { info, linked: true }
             }
-            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_) => {
-                return Err(TreeError::NotDirectory);
+            Node::Clones(v) => {
+                let clone = image_name(name).map_err(|_| absent(name))?;
+                let info = Box::new(self.engine.clone_info(&v.info.name, &clone)?);
+                Node::Clone { info, linked: true }
             }
-        };
-        let attr = self.attr(&node)?;
-        self.nodes.remember(attr.node, &node);
-        Ok(attr)
+            Node::Live(_)
+            | Node::Status(_)
+            | Node::Snapshot { .. }
+            | Node::Clone { .. }
+            | Node::Diff(_) => return Err(TreeError::NotDirectory),
+        })
     }
 
     /// Opens a directory for listing.
@@ -144,6 +176,11 @@ impl Tree {
                     SNAPSHOTS_NAME.to_owned(),
                 ),
                 (
+                    clones_node(v.info.ino_base),
+                    Directory,
+                    CLONES_NAME.to_owned(),
+                ),
+                (
                     diffs_node(v.info.ino_base),
                     Directory,
                     DIFFS_NAME.to_owned(),
@@ -152,11 +189,14 @@ impl Tree {
             Node::Snapshots(v) => {
                 parent = volume_directory(v.info.ino_base);
                 let snapshots = self.engine.snapshots(&v.info.name)?;
-                let file = |name: &Name| format!("{name}{IMAGE_SUFFIX}");
-                snapshots
-                    .iter()
-                    .map(|s| (NodeId(s.ino), File, file(&s.name)))
-                    .collect()
+                let entry = |ino, name: &Name| (NodeId(ino), File, format!("{name}{IMAGE_SUFFIX}"));
+                snapshots.iter().map(|s| entry(s.ino, &s.name)).collect()
+            }
+            Node::Clones(v) => {
+                parent = volume_directory(v.info.ino_base);
+                let clones = self.engine.clones(&v.info.name)?;
+                let entry = |ino, name: &Name| (NodeId(ino), File, format!("{name}{IMAGE_SUFFIX}"));
+                clones.iter().map(|c| entry(c.ino, &c.name)).collect()
             }
             Node::Diffs(v) => {
                 parent = volume_directory(v.info.ino_base);
@@ -165,9 +205,11 @@ impl Tree {
                 cookies = Some(names.iter().map(|n| n.1).collect::<Vec<_>>());
                 names.into_iter().map(|n| (n.0, File, n.2)).collect()
             }
-            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_) => {
-                return Err(TreeError::NotDirectory);
-            }
+            Node::Live(_)
+            | Node::Status(_)
+            | Node::Snapshot { .. }
+            | Node::Clone { .. }
+            | Node::Diff(_) => return Err(TreeError::NotDirectory),
         };
         if cookies.is_none() {
             // Ascending by number, so that the cookie of an entry only depends on the entry.
@@ -191,15 +233,29 @@ impl Tree {
         Ok(dots.into_iter().chain(entries).collect())
     }
 
-    /// Takes the snapshot `name` (with its suffix); the handle reads it and refuses writes. Durable
-    /// when this returns. The answer counts like a lookup. `caller` is the number of the process.
+    /// In `snapshots/`, takes the snapshot `name` (with its suffix); the handle reads it and refuses
+    /// writes. In `clones/`, makes an empty clone for a copy into it. Durable when this returns. The
+    /// answer counts like a lookup. `caller` is the number of the process.
     ///
     /// # Errors
-    /// `Invalid` for a name that is no snapshot's; `Exists`; `Permission` outside `snapshots/`;
-    /// those of taking a snapshot.
-    pub fn create(&self, parent: NodeId, name: &str, caller: u32) -> Result<(Attr, Opened)> {
-        let volume = self.snapshots_directory(parent, "files can only be made in snapshots/")?;
-        let target = (volume.info.name.clone(), snapshot_name(name)?);
+    /// `Invalid` for a name that is none of an image; `Exists`; `Permission` elsewhere; those of
+    /// taking a snapshot and of making a clone.
+    pub fn create(
+        &self,
+        parent: NodeId,
+        name: &str,
+        flags: OpenFlags,
+        caller: u32,
+    ) -> Result<(Attr, Opened)> {
+        let why = "files can only be made in snapshots/ and clones/";
+        match self.images_directory(parent, why)? {
+            Images::Snapshots(volume) => self.take(&volume, name, caller),
+            Images::Clones(volume) => self.create_clone(&volume, image_name(name)?, flags),
+        }
+    }
+
+    fn take(&self, volume: &VolumeNode, name: &str, caller: u32) -> Result<(Attr, Opened)> {
+        let target = (volume.info.name.clone(), image_name(name)?);
         self.engine.take_snapshots(std::slice::from_ref(&target))?;
         let snapshot = self.engine.open_snapshot(&target.0, &target.1)?;
         let info = snapshot.info();
@@ -220,22 +276,27 @@ impl Tree {
         ))
     }
 
-    /// Deletes the snapshot `name` (with its suffix). Durable when this returns; who has it open
-    /// reads on.
+    /// Deletes the snapshot or clone `name` (with its suffix). Durable when this returns; who has it
+    /// open goes on.
     ///
     /// # Errors
-    /// `NotFound`; `Busy` for a snapshot on hold; `Permission` outside `snapshots/`.
+    /// `NotFound`; `Busy` for a snapshot on hold; `Permission` elsewhere.
     pub fn unlink(&self, parent: NodeId, name: &str) -> Result<()> {
-        let volume = self.snapshots_directory(parent, "only snapshots can be removed")?;
-        let snapshot = snapshot_name(name).map_err(|_| absent(name))?;
-        Ok(self.engine.delete_snapshot(&volume.info.name, &snapshot)?)
+        let images = self.images_directory(parent, "only snapshots and clones can be removed")?;
+        let image = image_name(name).map_err(|_| absent(name))?;
+        match images {
+            Images::Snapshots(v) => self.engine.delete_snapshot(&v.info.name, &image)?,
+            Images::Clones(v) => self.engine.delete_clone(&v.info.name, &image)?,
+        }
+        Ok(())
     }
 
-    /// Renames a snapshot within its directory; never replaces one. Durable when this returns.
+    /// Renames a snapshot or clone within its directory; never replaces one. Durable when this
+    /// returns.
     ///
     /// # Errors
-    /// `Invalid` for a new name that is no snapshot's, or an exchange; `NotFound`; `Exists`;
-    /// `Permission` between directories or outside `snapshots/`.
+    /// `Invalid` for a new name that is none of an image, or an exchange; `NotFound`; `Exists`;
+    /// `Permission` between directories or elsewhere.
     pub fn rename(
         &self,
         parent: NodeId,
@@ -250,14 +311,18 @@ impl Tree {
                 "names can neither be exchanged nor covered",
             ));
         }
-        let volume = self.snapshots_directory(parent, "only snapshots can be renamed")?;
+        let images = self.images_directory(parent, "only snapshots and clones can be renamed")?;
         if parent != new_parent {
-            let why = "a snapshot stays in its directory";
+            let why = "a snapshot or clone stays in its directory";
             return Err(TreeError::new(Kind::Permission, why));
         }
-        let old = snapshot_name(name).map_err(|_| absent(name))?;
-        let new = snapshot_name(new_name)?;
-        Ok(self.engine.rename_snapshot(&volume.info.name, &old, &new)?)
+        let old = image_name(name).map_err(|_| absent(name))?;
+        let new = image_name(new_name)?;
+        match images {
+            Images::Snapshots(v) => self.engine.rename_snapshot(&v.info.name, &old, &new)?,
+            Images::Clones(v) => self.engine.rename_clone(&v.info.name, &old, &new)?,
+        }
+        Ok(())
     }
 
     /// Answers an operation that makes or removes a name nobody can make or remove.
@@ -267,28 +332,37 @@ impl Tree {
     pub fn refuse_name(&self, parent: NodeId) -> Result<()> {
         match self.resolve(parent)?.kind() {
             FileKind::Directory => {
-                let why = "directories, links and special files cannot be made or removed here";
+                let why = "this kind of file cannot be made or removed here";
                 Err(TreeError::new(Kind::Permission, why))
             }
             FileKind::File => Err(TreeError::NotDirectory),
         }
     }
 
-    fn snapshots_directory(&self, parent: NodeId, why: &str) -> Result<VolumeNode> {
+    pub(super) fn images_directory(&self, parent: NodeId, why: &str) -> Result<Images> {
         match self.resolve(parent)? {
-            Node::Snapshots(volume) => Ok(volume),
+            Node::Snapshots(volume) => Ok(Images::Snapshots(volume)),
+            Node::Clones(volume) => Ok(Images::Clones(volume)),
             Node::Root | Node::Control | Node::VolumeDirectory(_) | Node::Diffs(_) => {
                 Err(TreeError::new(Kind::Permission, why))
             }
-            Node::Live(_) | Node::Status(_) | Node::Snapshot { .. } | Node::Diff(_) => {
-                Err(TreeError::NotDirectory)
-            }
+            Node::Live(_)
+            | Node::Status(_)
+            | Node::Snapshot { .. }
+            | Node::Clone { .. }
+            | Node::Diff(_) => Err(TreeError::NotDirectory),
         }
     }
 }
 
-/// The snapshot that a file name in `snapshots/` means.
-fn snapshot_name(file: &str) -> Result<Name> {
+/// A directory in which names can be made, removed and changed.
+pub(super) enum Images {
+    Snapshots(VolumeNode),
+    Clones(VolumeNode),
+}
+
+/// The snapshot that a file name in `snapshots/`, or the clone that one in `clones/`, means.
+pub(super) fn image_name(file: &str) -> Result<Name> {
     match file.strip_suffix(IMAGE_SUFFIX) {
         Some(name) => Ok(Name::new(name)?),
         None => Err(TreeError::new(

@@ -1,7 +1,7 @@
 //! Operations on open files: read, write, flush, space changes, seeking for data and holes.
 //!
 //! A file answers like a disk of fixed size: reading stops at the end, a write is cut there, a
-//! write that begins there is refused. What was written through a handle is durable when a sync
+//! write that begins there is refused. A clone that still grows is the exception: it gets larger. What was written through a handle is durable when a sync
 //! of any handle, or the flush of that handle, has returned `Ok` (T5).
 
 use std::sync::Arc;
@@ -9,15 +9,16 @@ use std::sync::atomic::Ordering;
 
 use crate::error::Kind;
 use crate::image::Image;
+use crate::image::clone::CloneImage;
 use crate::image::live::{LiveImage, fit};
 use crate::image::rewrite::{Rewrite, Target};
 use crate::tree::Tree;
-use crate::tree::handle::{Handle, LiveHandle, SnapshotHandle};
-use crate::tree::node::Node;
+use crate::tree::handle::{Content, Handle, ImageHandle, SnapshotHandle};
+use crate::tree::node::{Node, live_node};
 use crate::tree::types::{
     Caching, HandleId, NodeId, OpenFlags, Opened, Result, Seek, SpaceChange, TreeError,
 };
-use crate::volume::Zeroing;
+use crate::volume::{CloneInfo, Zeroing};
 
 impl Tree {
     /// Opens a file.
@@ -37,7 +38,15 @@ impl Tree {
             return Err(TreeError::ReadOnly);
         }
         let (handle, caching) = match node {
-            Node::Live(v) => (open_live(LiveImage::new(v.volume), flags)?, Caching::None),
+            Node::Live(v) => {
+                let node = live_node(v.info.ino_base);
+                let content = Content::Live(LiveImage::new(v.volume));
+                (open_image(content, node, flags)?, Caching::None)
+            }
+            Node::Clone { info, linked } => {
+                let content = Content::Clone(self.clone_image(&info, linked)?);
+                (open_image(content, id, flags)?, Caching::None)
+            }
             Node::Status(file) => (Handle::Status(self.status.render(file)?), Caching::None),
             Node::Snapshot { info, linked } => {
                 let snapshot = if linked {
@@ -66,6 +75,7 @@ impl Tree {
             | Node::Control
             | Node::VolumeDirectory(_)
             | Node::Snapshots(_)
+            | Node::Clones(_)
             | Node::Diffs(_) => return Err(TreeError::IsDirectory),
         };
         Ok(Opened {
@@ -80,7 +90,7 @@ impl Tree {
     /// `BadHandle`; `IsDirectory`.
     pub fn size(&self, handle: HandleId) -> Result<u64> {
         match &*self.handles.get(handle)? {
-            Handle::Live(live) => Ok(live.image.size()),
+            Handle::Image(h) => Ok(h.content.size()),
             Handle::Snapshot(h) => Ok(Image::size(&*h.snapshot)),
             Handle::Diff(h) => Ok(h.image.size()),
             Handle::Status(bytes) | Handle::DiffJson { bytes, .. } => Ok(bytes.len() as u64),
@@ -95,7 +105,7 @@ impl Tree {
     pub fn read(&self, handle: HandleId, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let handle = self.handles.get(handle)?;
         let image: &dyn Image = match &*handle {
-            Handle::Live(live) => &live.image,
+            Handle::Image(h) => &h.content,
             Handle::Snapshot(h) => &*h.snapshot,
             Handle::Diff(h) => {
                 h.check()?;
@@ -126,18 +136,22 @@ impl Tree {
         durable: bool,
     ) -> Result<usize> {
         let handle = self.handles.get(handle)?;
-        let live = writable(&handle)?;
+        let open = writable(&handle)?;
         if data.is_empty() {
             return Ok(0);
         }
-        let len = fit(live.image.size(), offset, data.len()).ok_or(TreeError::PastEnd)?;
+        let content = &open.content;
+        let len = match content.growing() {
+            Some(_) => data.len(),
+            None => fit(content.size(), offset, data.len()).ok_or(TreeError::PastEnd)?,
+        };
         let data = &data[..len];
-        live.changing(|| match &live.rewrite {
-            Some(rewrite) => rewrite.write(&live.image, offset, data),
-            None => live.image.write_at(offset, data, false),
+        open.changing(|| match &open.rewrite {
+            Some(rewrite) => rewrite.write(content, offset, data),
+            None => content.write_at(offset, data, false),
         })?;
         if durable {
-            live.image.flush()?;
+            content.flush()?;
         }
         Ok(len)
     }
@@ -155,8 +169,8 @@ impl Tree {
         change: SpaceChange,
     ) -> Result<()> {
         let handle = self.handles.get(handle)?;
-        let live = writable(&handle)?;
-        let size = live.image.size();
+        let open = writable(&handle)?;
+        let content = &open.content;
         let end = match offset.checked_add(len) {
             Some(end) if len > 0 => end,
             _ => {
@@ -171,6 +185,10 @@ impl Tree {
             SpaceChange::Punch => (Some(Zeroing::Discard), true),
             SpaceChange::Zero { keep_size } => (Some(Zeroing::Zero), keep_size),
         };
+        if !may_cut {
+            content.grow_to(end)?;
+        }
+        let size = content.size();
         if end > size && !may_cut {
             return Err(TreeError::PastEnd);
         }
@@ -181,10 +199,10 @@ impl Tree {
         if offset >= end {
             return Ok(());
         }
-        live.changing(|| {
-            let apply = || live.image.zero(offset, end - offset, how);
-            match &live.rewrite {
-                Some(rewrite) => rewrite.change(&live.image, offset..end, apply),
+        open.changing(|| {
+            let apply = || content.zero(offset, end - offset, how);
+            match &open.rewrite {
+                Some(rewrite) => rewrite.change(content, offset..end, apply),
                 None => apply(),
             }
         })?;
@@ -198,7 +216,7 @@ impl Tree {
     /// `BadHandle`; those of zeroing and of flushing: what was written may be lost.
     pub fn flush(&self, handle: HandleId) -> Result<()> {
         match &*self.handles.get(handle)? {
-            Handle::Live(live) => live.flush(),
+            Handle::Image(h) => h.flush(),
             Handle::Snapshot(_)
             | Handle::Status(_)
             | Handle::Diff(_)
@@ -214,7 +232,7 @@ impl Tree {
     /// As [`Tree::flush`].
     pub fn fsync(&self, handle: HandleId) -> Result<()> {
         match &*self.handles.get(handle)? {
-            Handle::Live(live) => live.sync(),
+            Handle::Image(h) => h.sync(),
             Handle::Snapshot(_)
             | Handle::Status(_)
             | Handle::Diff(_)
@@ -239,7 +257,7 @@ impl Tree {
     pub fn seek(&self, handle: HandleId, offset: u64, what: Seek) -> Result<u64> {
         let handle = self.handles.get(handle)?;
         let image: &dyn Image = match &*handle {
-            Handle::Live(live) => &live.image,
+            Handle::Image(h) => &h.content,
             Handle::Snapshot(h) => &*h.snapshot,
             Handle::Diff(h) => &h.image,
             Handle::Status(bytes) | Handle::DiffJson { bytes, .. } => {
@@ -259,23 +277,44 @@ impl Tree {
     }
 }
 
-impl LiveHandle {
+impl Tree {
+    /// The content of a clone's node.
+    pub(super) fn clone_image(&self, info: &CloneInfo, linked: bool) -> Result<CloneImage> {
+        let gone = || TreeError::new(Kind::NotFound, "the clone was just renamed or deleted");
+        if !linked {
+            // Through /proc/<pid>/fd while another handle keeps it.
+            return self.handles.open_clone(NodeId(info.ino)).ok_or_else(gone);
+        }
+        let clone = self.engine.open_clone(&info.volume, &info.name)?;
+        if clone.info().ino != info.ino {
+            return Err(gone());
+        }
+        Ok(CloneImage::new(clone))
+    }
+}
+
+impl ImageHandle {
+    /// Remembers that there is something to flush.
+    pub fn touched(&self) {
+        self.dirty.store(true, Ordering::Release);
+    }
+
     /// Runs a change and remembers that there is something to flush, also after a failure that
     /// may have changed a part. Afterwards, not before: a flush that ran meanwhile did not cover it.
-    fn changing(
+    pub fn changing(
         &self,
         change: impl FnOnce() -> crate::error::Result<()>,
     ) -> crate::error::Result<()> {
         let result = change();
-        self.dirty.store(true, Ordering::Release);
+        self.touched();
         result
     }
 
     fn flush(&self) -> Result<()> {
         if let Some(rewrite) = &self.rewrite {
-            let settled = rewrite.settle(&self.image);
+            let settled = rewrite.settle(&self.content);
             if !matches!(settled, Ok(false)) {
-                self.dirty.store(true, Ordering::Release);
+                self.touched();
             }
             settled?;
         }
@@ -289,32 +328,39 @@ impl LiveHandle {
     fn sync(&self) -> Result<()> {
         // Before the flush: what is written while it runs is dirty again.
         self.dirty.store(false, Ordering::Release);
-        self.image
-            .flush()
-            .inspect_err(|_| self.dirty.store(true, Ordering::Release))?;
+        self.content.flush().inspect_err(|_| self.touched())?;
         Ok(())
     }
 }
 
-fn open_live(image: LiveImage, flags: OpenFlags) -> Result<Handle> {
+pub(super) fn open_image(content: Content, node: NodeId, flags: OpenFlags) -> Result<Handle> {
     if flags.append {
         let why = "an image has a fixed size: nothing can be appended";
         return Err(TreeError::new(Kind::Permission, why));
     }
     // O_TRUNC without write access is unspecified by POSIX and has nothing to say here.
-    let rewrite = (flags.truncate && flags.write).then(Rewrite::default);
-    Ok(Handle::Live(LiveHandle {
-        image,
+    let truncates = flags.truncate && flags.write;
+    let emptied = match content.growing() {
+        Some(clone) if truncates => {
+            clone.set_size(0)?;
+            true
+        }
+        _ => false,
+    };
+    let rewrite = (truncates && !emptied).then(Rewrite::default);
+    Ok(Handle::Image(ImageHandle {
+        content,
+        node,
         writable: flags.write,
         rewrite,
-        dirty: false.into(),
+        dirty: emptied.into(),
     }))
 }
 
-fn writable(handle: &Arc<Handle>) -> Result<&LiveHandle> {
+pub(super) fn writable(handle: &Arc<Handle>) -> Result<&ImageHandle> {
     match &**handle {
-        Handle::Live(live) if live.writable => Ok(live),
-        Handle::Live(_) => Err(TreeError::BadHandle),
+        Handle::Image(open) if open.writable => Ok(open),
+        Handle::Image(_) => Err(TreeError::BadHandle),
         Handle::Snapshot(_) | Handle::Status(_) | Handle::Diff(_) | Handle::DiffJson { .. } => {
             Err(TreeError::ReadOnly)
         }

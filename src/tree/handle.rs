@@ -1,26 +1,105 @@
 //! Open files and directories.
 //!
 //! A handle owns what its operations need, so none of them looks anything up by name: a snapshot
-//! handle holds the snapshot (its data stays, T3), a live handle the volume, a status handle the
-//! bytes rendered when it was opened, a directory handle its listing.
+//! handle holds the snapshot (its data stays, T3), an image handle the volume or the clone, a status
+//! handle the bytes rendered when it was opened, a directory handle its listing.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use crate::error;
 use crate::image::Image;
+use crate::image::clone::CloneImage;
 use crate::image::live::LiveImage;
-use crate::image::rewrite::Rewrite;
+use crate::image::rewrite::{Rewrite, Target};
 use crate::tree::diffs::{DiffHandle, DiffNode};
 use crate::tree::types::{DirEntry, HandleId, NodeId, Result, TreeError};
-use crate::volume::Snapshot;
+use crate::volume::{Snapshot, Zeroing};
 
 /// Most handles open at once; each is small, the limit only bounds a runaway program.
 pub const HANDLES_MAX: usize = 1 << 16;
 
-/// An open `live.img`.
-pub(super) struct LiveHandle {
-    pub image: LiveImage,
+/// What can be written: the live volume or a clone.
+pub(super) enum Content {
+    Live(LiveImage),
+    Clone(CloneImage),
+}
+
+impl Content {
+    fn image(&self) -> &dyn Image {
+        match self {
+            Content::Live(live) => live,
+            Content::Clone(clone) => clone,
+        }
+    }
+
+    pub fn zero(&self, offset: u64, len: u64, how: Zeroing) -> error::Result<()> {
+        match self {
+            Content::Live(live) => live.zero(offset, len, how),
+            Content::Clone(clone) => clone.zero(offset, len, how),
+        }
+    }
+
+    pub fn flush(&self) -> error::Result<()> {
+        match self {
+            Content::Live(live) => live.flush(),
+            Content::Clone(clone) => clone.flush(),
+        }
+    }
+
+    /// Makes what still grows large enough for something that ends at `end`.
+    pub fn grow_to(&self, end: u64) -> error::Result<()> {
+        match self {
+            Content::Live(_) => Ok(()),
+            Content::Clone(clone) => clone.grow_to(end),
+        }
+    }
+
+    /// The clone that still has no fixed size.
+    pub fn growing(&self) -> Option<&CloneImage> {
+        match self {
+            Content::Clone(clone) if clone.is_growing() => Some(clone),
+            Content::Live(_) | Content::Clone(_) => None,
+        }
+    }
+}
+
+impl Image for Content {
+    fn size(&self) -> u64 {
+        self.image().size()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> error::Result<()> {
+        self.image().read_at(offset, buf)
+    }
+
+    fn next_data(&self, offset: u64) -> error::Result<Option<u64>> {
+        self.image().next_data(offset)
+    }
+
+    fn next_hole(&self, offset: u64) -> error::Result<u64> {
+        self.image().next_hole(offset)
+    }
+}
+
+impl Target for Content {
+    fn write_at(&self, offset: u64, data: &[u8], compare: bool) -> error::Result<()> {
+        match self {
+            Content::Live(live) => live.write_at(offset, data, compare),
+            Content::Clone(clone) => clone.write_at(offset, data, compare),
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> error::Result<()> {
+        self.zero(offset, len, Zeroing::Discard)
+    }
+}
+
+/// An open `live.img` or clone.
+pub(super) struct ImageHandle {
+    pub content: Content,
+    pub node: NodeId,
     /// Opened for writing.
     pub writable: bool,
     /// Opened with O_TRUNC.
@@ -40,7 +119,7 @@ pub(super) struct SnapshotHandle {
 
 /// What a handle stands for.
 pub(super) enum Handle {
-    Live(LiveHandle),
+    Image(ImageHandle),
     Snapshot(SnapshotHandle),
     Status(Vec<u8>),
     /// A diff as qcow2.
@@ -99,6 +178,20 @@ impl Handles {
         self.find_snapshot(|h| (h.node == node).then(|| Arc::clone(&h.snapshot)))
     }
 
+    /// The clone of a node, if it is open.
+    pub fn open_clone(&self, node: NodeId) -> Option<CloneImage> {
+        self.find_image(|h| match &h.content {
+            Content::Clone(clone) if h.node == node => Some(clone.clone()),
+            Content::Clone(_) | Content::Live(_) => None,
+        })
+    }
+
+    /// Whether anybody has this image open for writing.
+    pub fn has_writers(&self, node: NodeId) -> bool {
+        self.find_image(|h| (h.node == node && h.writable).then_some(()))
+            .is_some()
+    }
+
     /// Whether the CREATE by which this process took the snapshot is still open.
     pub fn is_creator(&self, node: NodeId, process: u32) -> bool {
         self.find_snapshot(|h| (h.node == node && h.creator == Some(process)).then_some(()))
@@ -128,6 +221,14 @@ impl Handles {
                 _ => return None,
             };
             (node.id().ok()? == id).then(|| (node.clone(), size))
+        })
+    }
+
+    fn find_image<T>(&self, pick: impl Fn(&ImageHandle) -> Option<T>) -> Option<T> {
+        let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
+        open.values().find_map(|handle| match &**handle {
+            Handle::Image(h) => pick(h),
+            _ => None,
         })
     }
 

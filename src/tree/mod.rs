@@ -7,6 +7,8 @@
 //!     live.img             ino_base + 1
 //!     snapshots/           ino_base + 2
 //!       <name>.img         SnapshotInfo.ino
+//!     clones/              ino_base + 3
+//!       <name>.img         CloneInfo.ino
 //!     diffs/               ino_base + 4
 //!       <a>..<b>.qcow2     from the numbers of both snapshots, bit 63 set
 //!       <a>..<b>.json      the same, bit 62 set too
@@ -17,8 +19,10 @@
 //!
 //! Invariants:
 //! - T1: catalogue changes (take, delete, rename) and flushes are durable when the call returns.
-//! - T2: nothing but a write, a zeroing or a rewrite through a handle of `live.img` changes content.
-//! - T3: an open snapshot stays readable, with the same bytes, after it is renamed or deleted.
+//! - T2: nothing but a write, a zeroing, a rewrite or a copy through a handle of `live.img` or a clone
+//!   changes content, and of `live.img` a revert and a resize, which are asked for by name.
+//! - T3: an open snapshot stays readable, with the same bytes, after it is renamed or deleted; an open
+//!   clone stays usable.
 //! - T4: a node is never shown under a number that belonged to another one: what the kernel still
 //!   knows under an old number answers `NotFound`.
 //! - T5: a handle that wrote is flushed to durability when it is flushed, before the answer.
@@ -27,6 +31,8 @@
 //! call into the engine. All methods may be called from any thread.
 
 mod attr;
+mod change;
+mod clones;
 mod diffs;
 mod directory;
 mod file;
@@ -43,6 +49,7 @@ use std::sync::Arc;
 
 use crate::volume::Engine;
 
+use change::Watch;
 use diffs::Computed;
 use handle::Handles;
 use node::Nodes;
@@ -66,6 +73,7 @@ pub struct Tree {
     nodes: Nodes,
     handles: Handles,
     computed: Computed,
+    changed: Watch,
 }
 
 impl Tree {
@@ -79,6 +87,7 @@ impl Tree {
             nodes: Nodes::default(),
             handles: Handles::default(),
             computed: Computed::default(),
+            changed: Watch::default(),
         }
     }
 

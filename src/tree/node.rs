@@ -6,17 +6,19 @@
 //! snapshot renamed behind the table's back is found again by its number; a deleted one only while
 //! it is open.
 //!
-//! The table is bounded by the kernel's own cache: an entry goes when the kernel forgets it.
+//! The table is bounded by the kernel's own cache: an entry goes when the kernel forgets it. A number
+//! that is asked for all the same (by a file handle that somebody has kept, as NFS clients do) is
+//! looked for among everything there is: numbers are never given again, so it can only mean one thing.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::Kind;
 use crate::tree::Tree;
-use crate::tree::diffs::DiffNode;
+use crate::tree::diffs::{DiffNode, ends_of};
 use crate::tree::types::{FileKind, NodeId, Result, StatusFile, TreeError};
 use crate::units::Name;
-use crate::volume::{SnapshotInfo, Volume, VolumeInfo};
+use crate::volume::{CloneInfo, SnapshotInfo, Volume, VolumeInfo};
 
 /// The root directory.
 pub const ROOT: NodeId = NodeId(1);
@@ -33,11 +35,16 @@ pub(super) const CONTROL_NAME: &str = ".stillframe";
 pub(super) const LIVE_NAME: &str = "live.img";
 /// Name of a volume's directory of snapshots.
 pub(super) const SNAPSHOTS_NAME: &str = "snapshots";
+/// Name of a volume's directory of clones.
+pub(super) const CLONES_NAME: &str = "clones";
 /// Name of a volume's directory of diffs.
 pub(super) const DIFFS_NAME: &str = "diffs";
 
+/// Numbers from a volume's base on that are its own nodes'.
+const INO_PER_VOLUME: u64 = 16;
 const LIVE_OFFSET: u64 = 1;
 const SNAPSHOTS_OFFSET: u64 = 2;
+const CLONES_OFFSET: u64 = 3;
 const DIFFS_OFFSET: u64 = 4;
 
 /// The directory of a volume with this base.
@@ -51,6 +58,10 @@ pub(super) fn live_node(ino_base: u64) -> NodeId {
 
 pub(super) fn snapshots_node(ino_base: u64) -> NodeId {
     NodeId(ino_base + SNAPSHOTS_OFFSET)
+}
+
+pub(super) fn clones_node(ino_base: u64) -> NodeId {
+    NodeId(ino_base + CLONES_OFFSET)
 }
 
 pub(super) fn diffs_node(ino_base: u64) -> NodeId {
@@ -80,11 +91,17 @@ pub(super) enum Node {
     VolumeDirectory(VolumeNode),
     Live(VolumeNode),
     Snapshots(VolumeNode),
+    Clones(VolumeNode),
     Diffs(VolumeNode),
     Diff(Box<DiffNode>),
     /// `linked` is false for a deleted snapshot that is still open.
     Snapshot {
         info: SnapshotInfo,
+        linked: bool,
+    },
+    /// `linked` is false for a deleted clone that is still open.
+    Clone {
+        info: Box<CloneInfo>,
         linked: bool,
     },
 }
@@ -96,10 +113,13 @@ impl Node {
             | Node::Control
             | Node::VolumeDirectory(_)
             | Node::Snapshots(_)
+            | Node::Clones(_)
             | Node::Diffs(_) => FileKind::Directory,
-            Node::Status(_) | Node::Live(_) | Node::Snapshot { .. } | Node::Diff(_) => {
-                FileKind::File
-            }
+            Node::Status(_)
+            | Node::Live(_)
+            | Node::Snapshot { .. }
+            | Node::Clone { .. }
+            | Node::Diff(_) => FileKind::File,
         }
     }
 }
@@ -110,6 +130,7 @@ enum Known {
     /// Any of a volume's own nodes.
     Volume(Name),
     Snapshot(Name, Name),
+    Clone(Name, Name),
     /// A diff of two points of this volume; its number says which.
     Diff(Name),
 }
@@ -135,9 +156,12 @@ impl Nodes {
     pub fn remember(&self, id: NodeId, node: &Node) {
         let known = match node {
             Node::Root | Node::Control | Node::Status(_) => return,
-            Node::VolumeDirectory(v) | Node::Live(v) | Node::Snapshots(v) | Node::Diffs(v) => {
-                Known::Volume(v.info.name.clone())
-            }
+            Node::VolumeDirectory(v)
+            | Node::Live(v)
+            | Node::Snapshots(v)
+            | Node::Clones(v)
+            | Node::Diffs(v) => Known::Volume(v.info.name.clone()),
+            Node::Clone { info, .. } => Known::Clone(info.volume.clone(), info.name.clone()),
             Node::Diff(diff) => Known::Diff(diff.volume.info.name.clone()),
             Node::Snapshot { info, .. } => Known::Snapshot(info.volume.clone(), info.name.clone()),
         };
@@ -166,9 +190,9 @@ impl Nodes {
         self.lock().get(&id.0).map(|e| e.known.clone())
     }
 
-    fn renamed(&self, id: NodeId, info: &SnapshotInfo) {
+    fn renamed(&self, id: NodeId, known: Known) {
         if let Some(entry) = self.lock().get_mut(&id.0) {
-            entry.known = Known::Snapshot(info.volume.clone(), info.name.clone());
+            entry.known = known;
         }
     }
 
@@ -206,9 +230,34 @@ impl Tree {
         match self.nodes.known(id) {
             Some(Known::Volume(name)) => self.resolve_volume(id, &name),
             Some(Known::Snapshot(volume, name)) => self.resolve_snapshot(id, &volume, &name),
+            Some(Known::Clone(volume, name)) => self.resolve_clone(id, &volume, &name),
             Some(Known::Diff(volume)) => self.resolve_diff(id, &volume),
-            None => self.resolve_open(id),
+            None => match self.resolve_open(id) {
+                Ok(open) => Ok(open),
+                Err(gone) => self.find(id).ok_or(gone),
+            },
         }
+    }
+
+    /// Looks for a number among all there is.
+    fn find(&self, id: NodeId) -> Option<Node> {
+        let (ino, diff) = (id.0, ends_of(id).is_some());
+        self.engine.volumes().iter().find_map(|volume| {
+            let info = volume.info();
+            if diff {
+                return self.resolve_diff(id, &info.name).ok();
+            }
+            if (info.ino_base..info.ino_base + INO_PER_VOLUME).contains(&ino) {
+                return self.resolve_volume(id, &info.name).ok();
+            }
+            let snapshots = self.engine.snapshots(&info.name).ok()?;
+            if let Some(info) = snapshots.into_iter().find(|s| s.ino == ino) {
+                return Some(Node::Snapshot { info, linked: true });
+            }
+            let clones = self.engine.clones(&info.name).ok()?;
+            let info = Box::new(clones.into_iter().find(|c| c.ino == ino)?);
+            Some(Node::Clone { info, linked: true })
+        })
     }
 
     fn resolve_volume(&self, id: NodeId, name: &Name) -> Result<Node> {
@@ -220,6 +269,8 @@ impl Tree {
             Ok(Node::Live(node))
         } else if id == snapshots_node(base) {
             Ok(Node::Snapshots(node))
+        } else if id == clones_node(base) {
+            Ok(Node::Clones(node))
         } else if id == diffs_node(base) {
             Ok(Node::Diffs(node))
         } else {
@@ -241,18 +292,53 @@ impl Tree {
         };
         match listed.into_iter().find(|info| info.ino == id.0) {
             Some(info) => {
-                self.nodes.renamed(id, &info);
+                let known = Known::Snapshot(volume.clone(), info.name.clone());
+                self.nodes.renamed(id, known);
                 Ok(Node::Snapshot { info, linked: true })
             }
             None => self.resolve_open(id),
         }
     }
 
-    /// A deleted snapshot lives on as a node while it is open.
+    fn resolve_clone(&self, id: NodeId, volume: &Name, name: &Name) -> Result<Node> {
+        let node = |info: CloneInfo| {
+            Ok(Node::Clone {
+                info: Box::new(info),
+                linked: true,
+            })
+        };
+        match self.engine.clone_info(volume, name) {
+            Ok(info) if info.ino == id.0 => return node(info),
+            Ok(_) => {}
+            Err(e) if e.kind() == Kind::NotFound => {}
+            Err(e) => return Err(e.into()),
+        }
+        let listed = match self.engine.clones(volume) {
+            Ok(listed) => listed,
+            Err(e) if e.kind() == Kind::NotFound => Vec::new(),
+            Err(e) => return Err(e.into()),
+        };
+        match listed.into_iter().find(|info| info.ino == id.0) {
+            Some(info) => {
+                let known = Known::Clone(volume.clone(), info.name.clone());
+                self.nodes.renamed(id, known);
+                node(info)
+            }
+            None => self.resolve_open(id),
+        }
+    }
+
+    /// A deleted snapshot or clone lives on as a node while it is open.
     fn resolve_open(&self, id: NodeId) -> Result<Node> {
-        match self.handles.open_snapshot(id) {
-            Some(snapshot) => Ok(Node::Snapshot {
+        if let Some(snapshot) = self.handles.open_snapshot(id) {
+            return Ok(Node::Snapshot {
                 info: snapshot.info(),
+                linked: false,
+            });
+        }
+        match self.handles.open_clone(id) {
+            Some(clone) => Ok(Node::Clone {
+                info: Box::new(clone.info()),
                 linked: false,
             }),
             None => Err(gone(id)),

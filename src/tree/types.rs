@@ -194,6 +194,8 @@ pub enum TreeError {
     BadHandle,
     /// [`crate::tree::HANDLES_MAX`] files are open.
     TooManyOpen,
+    /// The two files are of different volumes.
+    OtherVolume,
 }
 
 /// The result of every operation of the tree.
@@ -233,6 +235,7 @@ impl fmt::Display for TreeError {
             TreeError::NoSuchOffset => "no data or hole at or after the offset",
             TreeError::BadHandle => "the handle is unknown or not open for that",
             TreeError::TooManyOpen => "too many open files",
+            TreeError::OtherVolume => "the two files are of different volumes",
         };
         f.write_str(text)
     }

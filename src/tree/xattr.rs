@@ -1,14 +1,19 @@
-//! Extended attributes: facts about snapshots and the live image, for programs.
+//! Extended attributes: facts about snapshots, clones and the live image, for programs.
 //!
-//! All are text under `user.stillframe.`; one that has nothing to say is absent. They are read-only.
+//! All are text under `user.stillframe.`; one that has nothing to say is absent. They are read-only,
+//! but for one that is never read: setting [`REVERT`] of `live.img` reverts the volume.
 
 use crate::error::Kind;
 use crate::tree::Tree;
 use crate::tree::node::Node;
 use crate::tree::types::{NodeId, Result, TreeError};
-use crate::volume::{SnapshotInfo, SnapshotState, VolumeInfo, VolumeState};
+use crate::units::Name;
+use crate::volume::{CloneInfo, SnapshotInfo, SnapshotState, VolumeInfo, VolumeState};
 
 const PREFIX: &str = "user.stillframe.";
+
+/// Set to a snapshot's name on `live.img`, it makes the volume what that snapshot is.
+const REVERT: &str = "user.stillframe.revert";
 
 /// A short name and its value.
 type Fact = (&'static str, String);
@@ -41,6 +46,25 @@ impl Tree {
         Ok(names)
     }
 
+    /// Sets an attribute: only [`REVERT`] of `live.img` does something. It returns when that is done
+    /// and durable.
+    ///
+    /// # Errors
+    /// Those of [`Tree::revert`]; `Invalid` for a value that is no snapshot's name; else as
+    /// [`Tree::refuse_xattr`].
+    pub fn setxattr(&self, node: NodeId, name: &str, value: &[u8]) -> Result<()> {
+        if name != REVERT {
+            return self.refuse_xattr(name);
+        }
+        let Node::Live(volume) = self.resolve(node)? else {
+            return self.refuse_xattr(name);
+        };
+        let text = String::from_utf8_lossy(value);
+        let to = Name::new(&text)?;
+        self.revert(&volume.info.name, &to, false, &mut |_, _| {})?;
+        Ok(())
+    }
+
     /// Refuses to set or remove an attribute.
     ///
     /// # Errors
@@ -63,11 +87,13 @@ impl Tree {
         Ok(match self.resolve(node)? {
             Node::Snapshot { info, .. } => snapshot_facts(&info),
             Node::Live(v) => live_facts(&v.info),
+            Node::Clone { info, .. } => clone_facts(&info),
             Node::Root
             | Node::Control
             | Node::Status(_)
             | Node::VolumeDirectory(_)
             | Node::Snapshots(_)
+            | Node::Clones(_)
             | Node::Diffs(_)
             | Node::Diff(_) => Vec::new(),
         })
@@ -80,16 +106,28 @@ fn snapshot_facts(info: &SnapshotInfo) -> Vec<Fact> {
         ("epoch", info.epoch.0.to_string()),
         ("unique", info.unique.to_string()),
         ("held", u8::from(info.held).to_string()),
-        (
-            "state",
-            match &info.state {
-                SnapshotState::Active => "active".to_owned(),
-                SnapshotState::Failed(why) => format!("failed: {why}"),
-            },
-        ),
+        ("state", state_text(&info.state)),
     ];
     facts.extend(info.parent.map(|uuid| ("parent", uuid.to_string())));
     facts.extend(info.group.map(|uuid| ("group", uuid.to_string())));
+    facts
+}
+
+fn state_text(state: &SnapshotState) -> String {
+    match state {
+        SnapshotState::Active => "active".to_owned(),
+        SnapshotState::Failed(why) => format!("failed: {why}"),
+    }
+}
+
+fn clone_facts(info: &CloneInfo) -> Vec<Fact> {
+    let mut facts = vec![
+        ("uuid", info.uuid.to_string()),
+        ("layers", info.layers.to_string()),
+        ("own", info.own.to_string()),
+        ("state", state_text(&info.state)),
+    ];
+    facts.extend(info.base.map(|uuid| ("base", uuid.to_string())));
     facts
 }
 
@@ -100,6 +138,7 @@ fn live_facts(info: &VolumeInfo) -> Vec<Fact> {
         VolumeState::Changed(why) => format!("changed: {why}"),
         VolumeState::Suspect(why) => format!("suspect: {why}"),
         VolumeState::Missing(why) => format!("missing: {why}"),
+        VolumeState::Unfinished(why) => format!("unfinished: {why}"),
     };
     vec![
         ("uuid", info.uuid.to_string()),

@@ -5,12 +5,14 @@
 //! the same records, so there is one encoding and older segments may go.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
 use crate::log::record::{Record, RecordType, encode_table};
 use crate::sys::disk::Identity;
 use crate::units::{Grain, Name, Uuid};
+use crate::volume::clone_records::{CloneEntry, LAYER_BIT, LayerEntry};
 use crate::volume::{OnFull, SnapshotState, VolumeOptions};
 
 /// First inode number handed out to volumes and snapshots; smaller ones are the tree's own.
@@ -18,10 +20,19 @@ pub const INO_FIRST: u64 = 1024;
 /// Inode numbers a volume takes for its own nodes.
 pub const INO_PER_VOLUME: u64 = 16;
 
+/// Offset of a SNAP's flags in its body.
+const SNAP_FLAGS_AT: usize = 88;
 /// Flag of a SNAP: the snapshot has failed.
 const SNAP_FAILED: u8 = 1;
 /// Flag of a SNAP: the snapshot is on hold.
 const SNAP_HELD: u8 = 2;
+/// Flag of a BOOKMARK: the bookmark has failed.
+const BOOKMARK_FAILED: u8 = 1;
+
+/// Flag of a RESIZE: the volume has its new size.
+const RESIZE_DONE: u64 = 1;
+/// Flag of a SNAP: the snapshot was deleted and is kept by a layer.
+const SNAP_KEPT: u8 = 4;
 
 /// What is known of a source's trustworthiness, as far as it outlives the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,6 +44,15 @@ pub enum Trust {
     Unverified,
     /// Found changed; waits for an operator.
     Changed,
+}
+
+/// A revert that was begun and not ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reverting {
+    /// Epoch of the snapshot that the volume becomes.
+    pub target: u64,
+    /// Epoch of the snapshot that undoes it.
+    pub undo: u64,
 }
 
 /// A snapshot in the catalogue.
@@ -59,6 +79,25 @@ pub struct SnapEntry {
     /// On hold: it cannot be deleted.
     pub held: bool,
     /// Whether it can be read.
+    pub state: SnapshotState,
+}
+
+/// A bookmark in the catalogue: what is left of a snapshot whose content was given up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BookmarkEntry {
+    /// Name.
+    pub name: Name,
+    /// Uuid of the snapshot it was.
+    pub uuid: Uuid,
+    /// Inode number of the snapshot it was.
+    pub ino: u64,
+    /// The instant, ns since 1970.
+    pub taken_ns: i64,
+    /// Last change before it, ns since 1970.
+    pub mtime_ns: i64,
+    /// Bytes of the volume then.
+    pub size: u64,
+    /// Whether what changed since is known.
     pub state: SnapshotState,
 }
 
@@ -93,8 +132,16 @@ pub struct VolumeEntry {
     pub trust: Trust,
     /// The source as it was left at the last clean stop.
     pub identity: Identity,
+    /// The size of a resize that was begun: the source has it, or `size`, or one between.
+    pub resizing: Option<u64>,
+    /// A revert that was begun: the source is partly the one and partly the other.
+    pub reverting: Option<Reverting>,
     /// Snapshots by epoch.
     pub snapshots: BTreeMap<u64, SnapEntry>,
+    /// Bookmarks by epoch; no epoch is that of a snapshot, too.
+    pub bookmarks: BTreeMap<u64, BookmarkEntry>,
+    /// Snapshots that were deleted while a layer of a clone stands on them, by epoch.
+    pub kept: BTreeMap<u64, SnapEntry>,
 }
 
 /// Everything a store knows besides preserved content.
@@ -108,6 +155,14 @@ pub struct Catalog {
     pub next_ino: u64,
     /// Volumes by number.
     pub volumes: BTreeMap<u32, VolumeEntry>,
+    /// Number of the next clone.
+    pub next_clone: u32,
+    /// Number of the next layer.
+    pub next_layer: u32,
+    /// Clones by number.
+    pub clones: BTreeMap<u32, CloneEntry>,
+    /// Layers of clones by number.
+    pub layers: BTreeMap<u32, LayerEntry>,
 }
 
 impl Default for Catalog {
@@ -117,6 +172,10 @@ impl Default for Catalog {
             next_volume: 1,
             next_ino: INO_FIRST,
             volumes: BTreeMap::new(),
+            next_clone: 1,
+            next_layer: 1,
+            clones: BTreeMap::new(),
+            layers: BTreeMap::new(),
         }
     }
 }
@@ -136,9 +195,31 @@ impl Catalog {
                     volume.changed = true;
                 }
             }
+            RecordType::Bitmap => {
+                if let Some(volume) = self.volumes.get_mut(&record.volume) {
+                    // Nothing of a complete epoch follows its bitmap: another one is open by now.
+                    let complete = record.bitmap_bits().is_some_and(|(_, complete)| complete);
+                    let epoch = record.epoch.saturating_add(u64::from(complete));
+                    volume.epoch = volume.epoch.max(epoch);
+                }
+            }
             RecordType::Snap => self.apply_snap(record)?,
             RecordType::Delete => {
-                self.volume(record.volume)?.snapshots.remove(&record.epoch);
+                self.volume(record.volume)?;
+                self.unlist_snapshot(record.volume, record.epoch);
+            }
+            RecordType::Bookmark => {
+                let bookmark = decode_bookmark(&record.body)?;
+                self.next_ino = self.next_ino.max(bookmark.ino.saturating_add(1));
+                self.volume(record.volume)?;
+                // One record does both: no crash leaves a snapshot and its bookmark, or neither.
+                self.unlist_snapshot(record.volume, record.epoch);
+                let volume = self.volume(record.volume)?;
+                volume.epoch = volume.epoch.max(record.epoch);
+                volume.bookmarks.insert(record.epoch, bookmark);
+            }
+            RecordType::BookmarkDeleted => {
+                self.volume(record.volume)?.bookmarks.remove(&record.epoch);
             }
             RecordType::Rename => {
                 let name = Reader::new(&record.body, "a RENAME").name()?;
@@ -155,17 +236,40 @@ impl Catalog {
                 }
             }
             RecordType::Volume => self.apply_volume(record)?,
+            RecordType::Resize => self.apply_resize(record)?,
+            RecordType::RevertBegin => {
+                let target = Reader::new(&record.body, "a REVERT_BEGIN").u64()?;
+                let undo = record.epoch;
+                self.volume(record.volume)?.reverting = Some(Reverting { target, undo });
+            }
+            RecordType::RevertEnd => {
+                let mut r = Reader::new(&record.body, "a REVERT_END");
+                let (size, source) = (r.u64()?, r.u64()?);
+                let volume = self.volume(record.volume)?;
+                (volume.size, volume.identity.size) = (size, source);
+                volume.reverting = None;
+            }
             RecordType::VolumeRemoved => {
                 self.volumes.remove(&record.volume);
+                self.clones.retain(|_, clone| clone.volume != record.volume);
+                self.drop_unreachable(record.volume);
             }
+            RecordType::Clone => self.apply_clone(record)?,
+            RecordType::CloneAlloc => self.apply_clone_alloc(record)?,
+            RecordType::CloneDeleted => self.apply_clone_deleted(record),
             RecordType::Invalidate => {
                 let mut r = Reader::new(&record.body, "an INVALIDATE");
                 let (last, why) = (r.u64()?, r.text()?.to_owned());
-                if let Some(volume) = self.volumes.get_mut(&record.volume)
+                if record.volume & LAYER_BIT != 0 {
+                    self.fail_clone(record.volume & !LAYER_BIT, &why);
+                } else if let Some(volume) = self.volumes.get_mut(&record.volume)
                     && record.epoch <= last
                 {
-                    for (_, snap) in volume.snapshots.range_mut(record.epoch..=last) {
+                    for snap in volume.points_mut(record.epoch..=last) {
                         snap.state = SnapshotState::Failed(why.clone());
+                    }
+                    for (_, mark) in volume.bookmarks.range_mut(record.epoch..=last) {
+                        mark.state = SnapshotState::Failed(why.clone());
                     }
                 }
             }
@@ -174,6 +278,10 @@ impl Catalog {
                 self.clean = r.u32()? & 1 != 0;
                 self.next_volume = self.next_volume.max(r.u32()?);
                 self.next_ino = self.next_ino.max(r.u64()?);
+                if r.left() > 0 {
+                    self.next_clone = self.next_clone.max(r.u32()?);
+                    self.next_layer = self.next_layer.max(r.u32()?);
+                }
                 return Ok(());
             }
             RecordType::Group | RecordType::Catalog => {}
@@ -206,6 +314,7 @@ impl Catalog {
         let (parent, group) = (r.uuid_or_zero()?, r.uuid_or_zero()?);
         let flags = r.u8()?;
         let (failed, held) = (flags & SNAP_FAILED != 0, flags & SNAP_HELD != 0);
+        let kept = flags & SNAP_KEPT != 0;
         let (name, why) = (r.name()?, r.text()?.to_owned());
         let state = if failed {
             SnapshotState::Failed(why)
@@ -231,7 +340,23 @@ impl Catalog {
             held,
             state,
         };
-        volume.snapshots.insert(record.epoch, snap);
+        match kept {
+            true => volume.kept.insert(record.epoch, snap),
+            false => volume.snapshots.insert(record.epoch, snap),
+        };
+        Ok(())
+    }
+
+    fn apply_resize(&mut self, record: &Record) -> Result<()> {
+        let mut r = Reader::new(&record.body, "a RESIZE");
+        let (_, to, source, done) = (r.u64()?, r.u64()?, r.u64()?, r.u64()?);
+        let volume = self.volume(record.volume)?;
+        if done & RESIZE_DONE != 0 {
+            (volume.size, volume.identity.size) = (to, source);
+            volume.resizing = None;
+        } else {
+            volume.resizing = Some(to);
+        }
         Ok(())
     }
 
@@ -239,11 +364,15 @@ impl Catalog {
         let entry = decode_volume(&record.body)?;
         self.next_volume = self.next_volume.max(record.volume.saturating_add(1));
         self.next_ino = self.next_ino.max(entry.ino_base + INO_PER_VOLUME);
-        let snapshots = self.volumes.remove(&record.volume).map(|v| v.snapshots);
-        let entry = VolumeEntry {
-            snapshots: snapshots.unwrap_or_default(),
-            ..entry
-        };
+        let mut entry = entry;
+        // These have records of their own.
+        if let Some(known) = self.volumes.remove(&record.volume) {
+            entry.snapshots = known.snapshots;
+            entry.kept = known.kept;
+            entry.bookmarks = known.bookmarks;
+            entry.resizing = known.resizing;
+            entry.reverting = known.reverting;
+        }
         self.volumes.insert(record.volume, entry);
         Ok(())
     }
@@ -254,14 +383,32 @@ impl Catalog {
         w.u32(u32::from(self.clean))
             .u32(self.next_volume)
             .u64(self.next_ino);
+        if self.next_clone > 1 || self.next_layer > 1 {
+            w.u32(self.next_clone).u32(self.next_layer);
+        }
         let mut records = vec![Record::plain(RecordType::Store, 0, 0, w.finish())];
         for (&id, volume) in &self.volumes {
             records.push(volume_record(id, volume));
             for (&epoch, snap) in &volume.snapshots {
                 records.push(snap_record(id, epoch, snap));
             }
+            for (&epoch, bookmark) in &volume.bookmarks {
+                records.push(bookmark_record(id, epoch, bookmark));
+            }
+            for (&epoch, snap) in &volume.kept {
+                let mut record = snap_record(id, epoch, snap);
+                record.body[SNAP_FLAGS_AT] |= SNAP_KEPT;
+                records.push(record);
+            }
             // A SNAP says that nothing changed since; the VOLUME after it has the last word.
             records.push(volume_record(id, volume));
+            if let Some(to) = volume.resizing {
+                records.push(resize_record(id, volume.size, to));
+            }
+            if let Some(reverting) = volume.reverting {
+                records.push(revert_begin_record(id, reverting));
+            }
+            records.extend(self.clone_records(id));
         }
         let mut w = Writer::new();
         w.u32(records.len() as u32).u32(0);
@@ -300,6 +447,38 @@ impl Catalog {
 }
 
 impl VolumeEntry {
+    /// Whether the volume's source may have so many bytes: a device any that suffice, a file those of
+    /// the volume or, while a resize or revert is unfinished, any from the old to the new size.
+    pub fn allows(&self, found: &Identity) -> bool {
+        let reverted = self.reverting.into_iter().flat_map(|r| {
+            let size = |epoch| self.snapshots.get(&epoch).map(|s: &SnapEntry| s.size);
+            [size(r.target), size(r.undo)]
+        });
+        let sizes = || reverted.clone().flatten().chain(self.resizing);
+        let least = sizes().fold(self.size, u64::min);
+        let most = sizes().fold(self.size, u64::max);
+        found.size >= least && (found.size <= most || is_device(found))
+    }
+
+    /// The snapshots with epochs in a range, listed or kept.
+    pub fn points_mut(
+        &mut self,
+        epochs: RangeInclusive<u64>,
+    ) -> impl Iterator<Item = &mut SnapEntry> {
+        let kept = self.kept.range_mut(epochs.clone());
+        self.snapshots
+            .range_mut(epochs)
+            .chain(kept)
+            .map(|(_, snap)| snap)
+    }
+
+    /// First and last epoch of the snapshots, listed or kept, and bookmarks; `None` if there are none.
+    pub fn point_span(&self) -> Option<(u64, u64)> {
+        let kept = || self.kept.keys().chain(self.bookmarks.keys());
+        let epochs = || self.snapshots.keys().chain(kept()).copied();
+        Some((epochs().min()?, epochs().max()?))
+    }
+
     /// A snapshot's epoch by name.
     pub fn find(&self, name: &Name) -> Option<u64> {
         self.snapshots
@@ -307,6 +486,31 @@ impl VolumeEntry {
             .find(|(_, s)| s.name == *name)
             .map(|(&epoch, _)| epoch)
     }
+
+    /// A bookmark's epoch by name.
+    pub fn find_bookmark(&self, name: &Name) -> Option<u64> {
+        self.bookmarks
+            .iter()
+            .find(|(_, b)| b.name == *name)
+            .map(|(&epoch, _)| epoch)
+    }
+
+    /// Whether a snapshot or a bookmark has this name.
+    pub fn has(&self, name: &Name) -> bool {
+        self.find(name).is_some() || self.find_bookmark(name).is_some()
+    }
+
+    /// Whether anything is only right as long as nobody but us changes the source.
+    pub fn depended_on(&self) -> bool {
+        let good = |b: &BookmarkEntry| b.state == SnapshotState::Active;
+        let points = self.snapshots.len() + self.kept.len();
+        points > 0 || self.bookmarks.values().any(good)
+    }
+}
+
+/// Whether a source is a device: it keeps its size, and may be larger than its volume.
+pub fn is_device(identity: &Identity) -> bool {
+    identity.ino == 0
 }
 
 /// The SNAP record of a snapshot.
@@ -329,6 +533,43 @@ pub fn snap_record(volume: u32, epoch: u64, snap: &SnapEntry) -> Record {
     Record::plain(RecordType::Snap, volume, epoch, w.finish())
 }
 
+/// The BOOKMARK record that puts a bookmark in the place of a snapshot.
+pub fn bookmark_record(volume: u32, epoch: u64, bookmark: &BookmarkEntry) -> Record {
+    let mut w = Writer::new();
+    w.uuid(bookmark.uuid)
+        .u64(bookmark.ino)
+        .i64(bookmark.taken_ns)
+        .i64(bookmark.mtime_ns)
+        .u64(bookmark.size);
+    let (flags, why) = match &bookmark.state {
+        SnapshotState::Active => (0, ""),
+        SnapshotState::Failed(why) => (BOOKMARK_FAILED, why.as_str()),
+    };
+    w.u8(flags).text(bookmark.name.as_str()).text(why);
+    Record::plain(RecordType::Bookmark, volume, epoch, w.finish())
+}
+
+fn decode_bookmark(body: &[u8]) -> Result<BookmarkEntry> {
+    let mut r = Reader::new(body, "a BOOKMARK");
+    let (uuid, ino) = (r.uuid()?, r.u64()?);
+    let (taken_ns, mtime_ns, size) = (r.i64()?, r.i64()?, r.u64()?);
+    let flags = r.u8()?;
+    let (name, why) = (r.name()?, r.text()?.to_owned());
+    let state = match flags & BOOKMARK_FAILED {
+        0 => SnapshotState::Active,
+        _ => SnapshotState::Failed(why),
+    };
+    Ok(BookmarkEntry {
+        name,
+        uuid,
+        ino,
+        taken_ns,
+        mtime_ns,
+        size,
+        state,
+    })
+}
+
 /// The RENAME record of a snapshot.
 pub fn rename_record(volume: u32, epoch: u64, name: &Name) -> Record {
     let mut w = Writer::new();
@@ -346,6 +587,34 @@ pub fn invalidate_record(volume: u32, first: u64, last: u64, why: &str) -> Recor
     let mut w = Writer::new();
     w.u64(last).text(why);
     Record::plain(RecordType::Invalidate, volume, first, w.finish())
+}
+
+/// The RESIZE record that says a volume is about to change its size.
+pub fn resize_record(volume: u32, from: u64, to: u64) -> Record {
+    let mut w = Writer::new();
+    w.u64(from).u64(to).u64(0).u64(0);
+    Record::plain(RecordType::Resize, volume, 0, w.finish())
+}
+
+/// The RESIZE record that says a volume has its new size, and its source has `source` bytes.
+pub fn resized_record(volume: u32, from: u64, to: u64, source: u64) -> Record {
+    let mut w = Writer::new();
+    w.u64(from).u64(to).u64(source).u64(RESIZE_DONE);
+    Record::plain(RecordType::Resize, volume, 0, w.finish())
+}
+
+/// The REVERT_BEGIN record of a revert.
+pub fn revert_begin_record(volume: u32, reverting: Reverting) -> Record {
+    let mut w = Writer::new();
+    w.u64(reverting.target);
+    Record::plain(RecordType::RevertBegin, volume, reverting.undo, w.finish())
+}
+
+/// The REVERT_END record of a revert: the volume has `size` bytes, and its source `source`.
+pub fn revert_end_record(volume: u32, undo: u64, size: u64, source: u64) -> Record {
+    let mut w = Writer::new();
+    w.u64(size).u64(source);
+    Record::plain(RecordType::RevertEnd, volume, undo, w.finish())
 }
 
 /// The VOLUME record of a volume, without its snapshots.
@@ -421,7 +690,11 @@ fn decode_volume(body: &[u8]) -> Result<VolumeEntry> {
         changed,
         trust,
         identity,
+        resizing: None,
+        reverting: None,
         snapshots: BTreeMap::new(),
+        bookmarks: BTreeMap::new(),
+        kept: BTreeMap::new(),
     })
 }
 
@@ -476,13 +749,18 @@ mod tests {
                 size: 3,
                 ctime_ns: -4,
             },
+            resizing: None,
+            reverting: None,
             snapshots,
+            bookmarks: BTreeMap::new(),
+            kept: BTreeMap::new(),
         };
         Catalog {
             clean: true,
             next_volume: 8,
             next_ino: 5000,
             volumes: BTreeMap::from([(7, volume)]),
+            ..Catalog::default()
         }
     }
 
@@ -490,6 +768,115 @@ mod tests {
     fn a_catalogue_survives_its_encoding() {
         let catalog = sample();
         assert_eq!(Catalog::decode(&catalog.encode()).unwrap(), catalog);
+    }
+
+    /// Bodies of the records of resize and revert, byte by byte.
+    #[test]
+    fn golden_bytes_of_resize_and_revert() {
+        let hex = |r: Record| -> String { r.body.iter().map(|b| format!("{b:02x}")).collect() };
+        assert_eq!(
+            hex(resize_record(7, 0x1000, 0x2001)),
+            "00100000000000000120000000000000\
+             00000000000000000000000000000000"
+        );
+        assert_eq!(
+            hex(resized_record(7, 0x1000, 0x2001, 0x3000)),
+            "00100000000000000120000000000000\
+             00300000000000000100000000000000"
+        );
+        let begin = revert_begin_record(7, Reverting { target: 3, undo: 9 });
+        assert_eq!((begin.volume, begin.epoch), (7, 9));
+        assert_eq!(hex(begin), "0300000000000000");
+        let end = revert_end_record(7, 9, 0x1000, 0x2000);
+        assert_eq!((end.volume, end.epoch), (7, 9));
+        assert_eq!(hex(end), "00100000000000000020000000000000");
+    }
+
+    #[test]
+    fn what_was_begun_stays_begun_until_it_ends() {
+        let mut catalog = sample();
+        let size = catalog.volumes[&7].size;
+        let begun = Reverting { target: 3, undo: 9 };
+        for record in [
+            resize_record(7, size, 5000),
+            revert_begin_record(7, begun),
+            // Other attributes change meanwhile.
+            volume_record(7, &catalog.volumes[&7].clone()),
+        ] {
+            catalog.apply(&record).unwrap();
+        }
+        let catalog = Catalog::decode(&catalog.encode()).unwrap();
+        assert_eq!(catalog.volumes[&7].resizing, Some(5000));
+        assert_eq!(catalog.volumes[&7].reverting, Some(begun));
+        assert_eq!(catalog.volumes[&7].size, size);
+        let mut catalog = catalog;
+        catalog.apply(&resized_record(7, size, 5000, 6000)).unwrap();
+        let volume = &catalog.volumes[&7];
+        assert_eq!((volume.size, volume.identity.size), (5000, 6000));
+        assert_eq!((volume.resizing, volume.reverting), (None, Some(begun)));
+        catalog.apply(&revert_end_record(7, 9, 70, 80)).unwrap();
+        let volume = &catalog.volumes[&7];
+        assert_eq!((volume.size, volume.identity.size), (70, 80));
+        assert_eq!(volume.reverting, None);
+    }
+
+    #[test]
+    fn a_source_has_the_size_of_its_volume_or_one_on_the_way() {
+        let mut volume = sample().volumes.remove(&7).unwrap();
+        volume.size = 9000;
+        let found = |ino, size| Identity {
+            ino,
+            size,
+            ..Identity::default()
+        };
+        let allowed = |v: &VolumeEntry, ino| {
+            [4096, 4097, 8999, 9000, 9001, 12_000].map(|size| u8::from(v.allows(&found(ino, size))))
+        };
+        assert_eq!(allowed(&volume, 2), [0, 0, 0, 1, 0, 0]);
+        assert_eq!(allowed(&volume, 0), [0, 0, 0, 1, 1, 1], "a device");
+        volume.resizing = Some(12_000);
+        assert_eq!(allowed(&volume, 2), [0, 0, 0, 1, 1, 1]);
+        volume.resizing = None;
+        // Its snapshots have 4097 bytes.
+        volume.reverting = Some(Reverting { target: 3, undo: 9 });
+        assert_eq!(allowed(&volume, 2), [0, 1, 1, 1, 0, 0]);
+    }
+
+    #[test]
+    fn a_bookmark_takes_the_place_of_its_snapshot_and_survives_its_encoding() {
+        let mut catalog = sample();
+        let snap = catalog.volumes[&7].snapshots[&3].clone();
+        let mark = |state| BookmarkEntry {
+            name: snap.name.clone(),
+            uuid: snap.uuid,
+            ino: snap.ino,
+            taken_ns: snap.taken_ns,
+            mtime_ns: snap.mtime_ns,
+            size: snap.size,
+            state,
+        };
+        let good = mark(SnapshotState::Active);
+        catalog.apply(&bookmark_record(7, 3, &good)).unwrap();
+        let volume = &catalog.volumes[&7];
+        assert_eq!(volume.snapshots.keys().collect::<Vec<_>>(), [&9]);
+        assert_eq!(volume.bookmarks, BTreeMap::from([(3, good.clone())]));
+        assert!(volume.has(&good.name) && volume.find(&good.name).is_none());
+        assert_eq!(volume.find_bookmark(&good.name), Some(3));
+        // A change of the volume's attributes leaves it.
+        let same = volume_record(7, volume);
+        catalog.apply(&same).unwrap();
+        catalog.clean = true;
+        assert_eq!(Catalog::decode(&catalog.encode()).unwrap(), catalog);
+
+        catalog.apply(&invalidate_record(7, 2, 3, "lost")).unwrap();
+        let failed = mark(SnapshotState::Failed("lost".into()));
+        assert_eq!(catalog.volumes[&7].bookmarks[&3], failed);
+        catalog.clean = true;
+        assert_eq!(Catalog::decode(&catalog.encode()).unwrap(), catalog);
+        catalog
+            .apply(&Record::plain(RecordType::BookmarkDeleted, 7, 3, vec![]))
+            .unwrap();
+        assert!(catalog.volumes[&7].bookmarks.is_empty());
     }
 
     /// Golden bytes: a change of any of them is a new format version. The sample holds a STORE, a

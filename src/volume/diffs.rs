@@ -10,18 +10,77 @@
 use std::ops::Range;
 
 use crate::error::{Error, Kind, Result};
-use crate::units::{Grain, Name, SECTOR};
+use crate::units::{Epoch, Grain, Name, SECTOR, Uuid};
 use crate::volume::engine::Engine;
-use crate::volume::facts::{SnapshotInfo, SnapshotState};
+use crate::volume::facts::{BookmarkInfo, SnapshotInfo, SnapshotState};
 
 /// Most runs of a diff; a diff in more pieces is refused instead of filling the memory.
 pub const DIFF_RUNS_MAX: usize = 1 << 22;
+
+/// The older end of a diff: a snapshot or a bookmark.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiffPoint {
+    /// Its volume's name.
+    pub volume: Name,
+    /// Name.
+    pub name: Name,
+    /// Unique for ever.
+    pub uuid: Uuid,
+    /// The epoch it opened.
+    pub epoch: Epoch,
+    /// Inode number; never given again.
+    pub ino: u64,
+    /// The instant, ns since 1970.
+    pub taken_ns: i64,
+    /// Last change before it, ns since 1970.
+    pub mtime_ns: i64,
+    /// Bytes of the volume then.
+    pub size: u64,
+    /// Whether it can serve a diff.
+    pub state: SnapshotState,
+    /// A bookmark: there is nothing to read.
+    pub bookmark: bool,
+}
+
+impl From<&SnapshotInfo> for DiffPoint {
+    fn from(info: &SnapshotInfo) -> DiffPoint {
+        DiffPoint {
+            volume: info.volume.clone(),
+            name: info.name.clone(),
+            uuid: info.uuid,
+            epoch: info.epoch,
+            ino: info.ino,
+            taken_ns: info.taken_ns,
+            mtime_ns: info.mtime_ns,
+            size: info.size,
+            state: info.state.clone(),
+            bookmark: false,
+        }
+    }
+}
+
+impl From<&BookmarkInfo> for DiffPoint {
+    fn from(info: &BookmarkInfo) -> DiffPoint {
+        DiffPoint {
+            volume: info.volume.clone(),
+            name: info.name.clone(),
+            uuid: info.uuid,
+            epoch: info.epoch,
+            ino: info.ino,
+            taken_ns: info.taken_ns,
+            mtime_ns: info.mtime_ns,
+            size: info.size,
+            state: info.state.clone(),
+            bookmark: true,
+        }
+    }
+}
 
 /// What changed between two points of a volume.
 #[derive(Debug, Clone)]
 pub struct Diff {
     /// The older point.
-    pub from: SnapshotInfo,
+    pub from: DiffPoint,
     /// The newer point; `None` is the volume as it is now.
     pub to: Option<SnapshotInfo>,
     /// Bytes of the newer point.
@@ -34,13 +93,29 @@ pub struct Diff {
 }
 
 impl Engine {
-    /// What changed from a snapshot to a newer one, or to now.
+    /// The older end of a diff by name.
     ///
     /// # Errors
-    /// `NotFound`; `Invalid` if `from` is not older than `to`; `Failed` if either could not be kept;
+    /// `NotFound`.
+    pub fn diff_point(&self, volume: &Name, name: &Name) -> Result<DiffPoint> {
+        // The snapshot first: it may become a bookmark in between, never the other way round.
+        match self.snapshot(volume, name) {
+            Ok(info) => Ok((&info).into()),
+            Err(e) if e.kind() == Kind::NotFound => match self.bookmark(volume, name) {
+                Ok(info) => Ok((&info).into()),
+                Err(_) => Err(e),
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What changed from a snapshot or bookmark to a newer snapshot, or to now.
+    ///
+    /// # Errors
+    /// `NotFound` (also if `to` is a bookmark: it has no content); `Invalid` if `from` is not older than `to`; `Failed` if either could not be kept;
     /// `Limit` for more than [`DIFF_RUNS_MAX`] runs.
     pub fn diff(&self, volume: &Name, from: &Name, to: Option<&Name>) -> Result<Diff> {
-        let from = self.snapshot(volume, from)?;
+        let from = self.diff_point(volume, from)?;
         let to = to.map(|name| self.snapshot(volume, name)).transpose()?;
         if let Some(to) = &to
             && from.epoch >= to.epoch
@@ -71,8 +146,9 @@ impl Engine {
         }
         // Looked at last: had one failed before its grains were counted, this shows it. And a
         // snapshot that is gone by now may have taken its records along.
-        for point in [Some(&from), to.as_ref()].into_iter().flatten() {
-            still_good(&self.snapshot(volume, &point.name)?, point)?;
+        still_good(&self.diff_point(volume, &from.name)?, &from)?;
+        if let Some(to) = &to {
+            still_good(&(&self.snapshot(volume, &to.name)?).into(), &to.into())?;
         }
         Ok(Diff {
             from,
@@ -84,7 +160,7 @@ impl Engine {
     }
 }
 
-fn still_good(now: &SnapshotInfo, then: &SnapshotInfo) -> Result<()> {
+fn still_good(now: &DiffPoint, then: &DiffPoint) -> Result<()> {
     if now.uuid != then.uuid {
         let why = "the snapshot was just renamed or deleted";
         return Err(Error::new(Kind::NotFound, why));
@@ -93,7 +169,12 @@ fn still_good(now: &SnapshotInfo, then: &SnapshotInfo) -> Result<()> {
         SnapshotState::Active => Ok(()),
         SnapshotState::Failed(why) => Err(Error::new(
             Kind::Failed,
-            format!("snapshot {}@{} has failed: {why}", now.volume, now.name),
+            format!(
+                "{} {}@{} has failed: {why}",
+                if now.bookmark { "bookmark" } else { "snapshot" },
+                now.volume,
+                now.name
+            ),
         )),
     }
 }

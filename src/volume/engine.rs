@@ -12,14 +12,14 @@ use crate::volume::facts::{Environment, Settings, SnapshotInfo, VolumeOptions, V
 use crate::volume::live::{Volume, flush};
 use crate::volume::read::Snapshot;
 use crate::volume::shared::{Shared, Vol, lock};
-use crate::volume::{reclaim, recovery, snapshots};
+use crate::volume::{bookmarks, reclaim, recovery, snapshots};
 
 /// Most volumes of one store.
 const VOLUMES_MAX: usize = 4096;
 
 /// One open store. All methods may be called from any thread.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(in crate::volume) shared: Arc<Shared>,
 }
 
 impl Engine {
@@ -46,7 +46,7 @@ impl Engine {
         self.shared.store
     }
 
-    fn handle(&self, vol: Arc<Vol>) -> Arc<Volume> {
+    pub(in crate::volume) fn handle(&self, vol: Arc<Vol>) -> Arc<Volume> {
         Arc::new(Volume {
             shared: Arc::clone(&self.shared),
             vol,
@@ -120,7 +120,11 @@ impl Engine {
             changed: true,
             trust: Trust::Known,
             identity,
+            resizing: None,
+            reverting: None,
             snapshots: Default::default(),
+            bookmarks: Default::default(),
+            kept: Default::default(),
         };
         ino_base
             .checked_add(INO_PER_VOLUME)
@@ -134,16 +138,27 @@ impl Engine {
     /// Forgets a volume; the source stays as it is. Durable when it returns.
     ///
     /// # Errors
-    /// `NotFound`, `Busy` while it has snapshots, `NoSpace`, `Io`.
+    /// `NotFound`, `Busy` while it has snapshots or clones (bookmarks go along with it), `NoSpace`,
+    /// `Io`.
     pub fn remove_volume(&self, name: &Name) -> Result<()> {
         let shared = &self.shared;
         let _structure = lock(&shared.structure);
         shared.check_open()?;
         let vol = shared.find(name)?;
-        let count = lock(&shared.catalog)
-            .volumes
-            .get(&vol.id)
-            .map_or(0, |v| v.snapshots.len());
+        vol.state().idle(name)?;
+        let (count, clones) = {
+            let catalog = lock(&shared.catalog);
+            let snapshots = catalog
+                .volumes
+                .get(&vol.id)
+                .map_or(0, |v| v.snapshots.len());
+            let clones = catalog.clones.values().filter(|c| c.volume == vol.id);
+            (snapshots, clones.count())
+        };
+        if clones > 0 {
+            let why = format!("volume '{name}' has {clones} clones; delete them first");
+            return Err(Error::new(Kind::Busy, why));
+        }
         if count > 0 || !vol.state().pins.is_empty() {
             return Err(Error::new(
                 Kind::Busy,
@@ -192,7 +207,7 @@ impl Engine {
     }
 
     /// Declares a changed, unverified or suspect volume's source good as it is; durable when it
-    /// returns. Snapshots keep reading their clean blocks from it.
+    /// returns. Snapshots keep reading their clean blocks from it; bookmarks of a changed one fail.
     ///
     /// # Errors
     /// `NotFound`, `Failed` if the source is missing or has another size, `NoSpace`, `Io`.
@@ -201,15 +216,18 @@ impl Engine {
         let _structure = lock(&shared.structure);
         shared.check_open()?;
         let vol = shared.find(name)?;
+        vol.state().idle(name)?;
         let source = vol.source()?;
         let identity = source.identity().context(|| "cannot stat the source")?;
-        if identity.size != vol.size {
+        let entry = lock(&shared.catalog).volumes.get(&vol.id).cloned();
+        if !entry.is_some_and(|entry| entry.allows(&identity)) {
             return Err(Error::new(
                 Kind::Failed,
                 format!(
                     "the source of '{name}' has {} bytes and the volume {}; \
                      bring it back to that size first",
-                    identity.size, vol.size
+                    identity.size,
+                    vol.size()
                 ),
             ));
         }
@@ -220,6 +238,9 @@ impl Engine {
             .sync_data()
             .and_then(|()| source.drop_cache())
             .context(|| "cannot make the source durable")?;
+        if vol.state().trust == Trust::Changed {
+            bookmarks::fail_all(shared, &vol, "the source was changed and accepted so")?;
+        }
         let now = shared.env.clock.now_ns();
         self.change_entry(&vol, |entry, state| {
             entry.identity = identity;
@@ -230,7 +251,8 @@ impl Engine {
         state.trust = Trust::Known;
         state.health = VolumeState::Active;
         vol.dirty.store(true, Ordering::Release);
-        Ok(())
+        drop(state);
+        self.handle(Arc::clone(&vol)).abandon_revert()
     }
 
     /// Changes the policy for a full thin target; the grain stays.
@@ -241,6 +263,7 @@ impl Engine {
         let _structure = lock(&self.shared.structure);
         self.shared.check_open()?;
         let vol = self.shared.find(name)?;
+        vol.state().idle(name)?;
         let options = VolumeOptions {
             grain: vol.grain,
             ..options
@@ -283,7 +306,7 @@ impl Engine {
     /// # Errors
     /// `NotFound`, `NoSpace`, `Io`: the snapshot stays.
     pub fn delete_snapshot(&self, volume: &Name, name: &Name) -> Result<()> {
-        snapshots::delete(&self.shared, volume, name)
+        snapshots::delete(&self.shared, volume, name, false)
     }
 
     /// Puts a snapshot on hold (it cannot be deleted) or releases it; durable when it returns.

@@ -100,6 +100,9 @@ pub enum VolumeState {
     Suspect(String),
     /// The source cannot be opened; nothing of the volume can be read.
     Missing(String),
+    /// A resize or revert was begun and could not be finished yet: the live content is neither read
+    /// nor written; snapshots can be read. Asking for it again or opening the store finishes it.
+    Unfinished(String),
 }
 
 /// Facts about a volume.
@@ -182,4 +185,65 @@ pub enum Zeroing {
     Discard,
     /// Read as zero; space may stay.
     Zero,
+}
+
+/// Facts about a clone.
+#[derive(Debug, Clone)]
+pub struct CloneInfo {
+    /// Its volume's name.
+    pub volume: Name,
+    /// Name, unique among the clones of the volume.
+    pub name: Name,
+    /// Unique for ever.
+    pub uuid: Uuid,
+    /// Inode number.
+    pub ino: u64,
+    /// When it was made, ns since 1970.
+    pub created_ns: i64,
+    /// Last change of its content, ns since 1970.
+    pub mtime_ns: i64,
+    /// Bytes.
+    pub size: u64,
+    /// Uuid of the snapshot at the bottom of its layers; `None` if it was made empty.
+    pub base: Option<Uuid>,
+    /// Name of that snapshot, unless it was deleted since.
+    pub base_name: Option<Name>,
+    /// Layers between it and that snapshot, its own included.
+    pub layers: usize,
+    /// Bytes of grains that lie in its own layer.
+    pub own: u64,
+    /// Whether it can be read and written.
+    pub state: SnapshotState,
+}
+
+/// Facts about a bookmark: the instant of a snapshot that was deleted, from which changes are known.
+#[derive(Debug, Clone)]
+pub struct BookmarkInfo {
+    /// Its volume's name.
+    pub volume: Name,
+    /// Name; unique among the snapshots and bookmarks of the volume.
+    pub name: Name,
+    /// Uuid of the snapshot it was.
+    pub uuid: Uuid,
+    /// The epoch that snapshot opened.
+    pub epoch: Epoch,
+    /// Inode number of the snapshot it was; never given again.
+    pub ino: u64,
+    /// The instant, ns since 1970.
+    pub taken_ns: i64,
+    /// The volume's last change before the instant, ns since 1970.
+    pub mtime_ns: i64,
+    /// Bytes of the volume at that instant.
+    pub size: u64,
+    /// Failed if what changed since is not known any more.
+    pub state: SnapshotState,
+}
+
+/// What a revert did.
+#[derive(Debug, Clone)]
+pub struct Reverted {
+    /// The snapshot that undoes it.
+    pub undo: SnapshotInfo,
+    /// Bytes of grains that differed and were written.
+    pub written: u64,
 }

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, RwLockReadGuard};
 use std::time::Instant;
 
 use crate::error::{Error, IoContext, Kind, Result};
@@ -19,7 +19,7 @@ use crate::volume::facts::{VolumeInfo, VolumeState, Zeroing};
 use crate::volume::shared::{Shared, Vol, lock};
 
 /// Bytes that one change handles at a time: bounds its memory and the batch it appends.
-const PIECE_MAX: u64 = BATCH_PAYLOAD_MAX as u64;
+pub(in crate::volume) const PIECE_MAX: u64 = BATCH_PAYLOAD_MAX as u64;
 /// Bytes of hole that one discard handles at a time: bounds how long it excludes a snapshot.
 const HOLE_PIECE_MAX: u64 = 64 << 20;
 
@@ -31,13 +31,15 @@ pub struct Volume {
 
 /// What a change puts in the place of the old content.
 #[derive(Clone, Copy)]
-enum Change<'a> {
+pub(in crate::volume) enum Change<'a> {
     Bytes(&'a [u8]),
     Zero,
+    /// The end of the volume is about to be cut off: everything is preserved, nothing is written.
+    Cut,
 }
 
 /// Why a change was not made.
-enum Refused {
+pub(in crate::volume) enum Refused {
     /// The thin target did not take what had to be preserved; nothing has changed.
     Thin(Error),
     /// Anything else.
@@ -56,6 +58,7 @@ impl Change<'_> {
         match self {
             Change::Bytes(data) => &data[range] == old,
             Change::Zero => is_zero(old),
+            Change::Cut => false,
         }
     }
 }
@@ -82,9 +85,14 @@ impl Volume {
             uuid: self.vol.uuid,
             name: self.vol.name.clone(),
             source: self.vol.source_path.clone(),
-            size: self.vol.size,
+            size: self.vol.size(),
             grain: self.vol.grain,
-            state: state.health.clone(),
+            state: match (&state.health, &state.unfinished) {
+                (VolumeState::Active | VolumeState::Unverified, Some(why)) => {
+                    VolumeState::Unfinished(why.clone())
+                }
+                (health, _) => health.clone(),
+            },
             ino_base: entry.as_ref().map_or(0, |e| e.ino_base),
             mtime_ns: state.mtime_ns,
             added_ns: entry.as_ref().map_or(0, |e| e.added_ns),
@@ -96,14 +104,17 @@ impl Volume {
 
     /// Bytes.
     pub fn size(&self) -> u64 {
-        self.vol.size
+        self.vol.size()
     }
 
     /// Reads the current content; the range must lie within the size.
     ///
+    /// Waits while the volume is reverted.
+    ///
     /// # Errors
     /// `Invalid` outside of the size, `Failed` if the source is missing, `Io`.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let _reading = self.reading()?;
         self.check_range(offset, buf.len() as u64, Kind::Invalid)?;
         self.vol.source()?.read_exact_at(offset, buf).context(|| {
             format!(
@@ -114,9 +125,22 @@ impl Volume {
         })
     }
 
+    /// While it is held the live content is one thing, and the size stays.
+    fn reading(&self) -> Result<RwLockReadGuard<'_, ()>> {
+        let reading = self.vol.reads.read();
+        let reading = reading.unwrap_or_else(PoisonError::into_inner);
+        match &self.vol.state().unfinished {
+            None => Ok(reading),
+            Some(why) => Err(Error::new(
+                Kind::Failed,
+                format!("volume {}: {why}", self.vol.name),
+            )),
+        }
+    }
+
     fn check_range(&self, offset: u64, len: u64, kind: Kind) -> Result<()> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.vol.size => Ok(()),
+            Some(end) if end <= self.vol.size() => Ok(()),
             _ => Err(Error::new(
                 kind,
                 format!(
@@ -168,18 +192,20 @@ impl Volume {
         Ok(())
     }
 
-    /// Passes over the hole at `at`, if there is one: it reads as zero already. Without a snapshot it is
-    /// punched all the same, which gives back space that was only reserved. Whole grains. Returns
+    /// Passes over the hole at `at`, if there is one: it reads as zero already. Without a snapshot or
+    /// bookmark it is punched all the same, which gives back space that was only reserved. Whole grains. Returns
     /// how far it got.
     fn zero_hole(&self, at: u64, end: u64) -> Result<u64> {
         let vol = &*self.vol;
         let _gate = vol.gate.read().unwrap_or_else(PoisonError::into_inner);
         self.shared.check_open()?;
-        vol.state().usable(&self.vol.name)?;
+        vol.state().serving(&self.vol.name)?;
+        // The size may have changed since the caller looked.
+        self.check_range(at, end - at, Kind::NoSpace)?;
         let source = vol.source()?;
         let grain = vol.grain.bytes();
         let limit = end.min(at + HOLE_PIECE_MAX);
-        let limit = if limit == vol.size {
+        let limit = if limit == vol.size() {
             limit
         } else {
             limit - limit % grain
@@ -192,7 +218,7 @@ impl Volume {
         let data = source
             .next_data(at)
             .context(|| "cannot look for holes in the source")?;
-        let hole_end = data.unwrap_or(vol.size).min(limit);
+        let hole_end = data.unwrap_or(vol.size()).min(limit);
         let hole_end = if hole_end == limit {
             limit
         } else {
@@ -201,10 +227,12 @@ impl Volume {
         if hole_end <= at {
             return Ok(at);
         }
-        if vol.state().newest.is_some() {
-            // It reads as zero and is not preserved: nothing may be written, see `change`.
+        let state = vol.state();
+        if state.newest.is_some() || !state.bookmarks.is_empty() {
+            // It reads as zero and is not recorded: nothing may be written, see `change`.
             return Ok(hole_end);
         }
+        drop(state);
         let done = source.punch(at, hole_end - at);
         vol.dirty.store(true, Ordering::Release);
         done.context(|| format!("cannot discard {} bytes at {at}", hole_end - at))?;
@@ -239,11 +267,27 @@ impl Volume {
     ) -> std::result::Result<(), Refused> {
         let vol = &*self.vol;
         let _gate = vol.gate.read().unwrap_or_else(PoisonError::into_inner);
+        vol.state().serving(&vol.name)?;
+        // The size may have changed since the caller looked.
+        self.check_range(offset, len, Kind::NoSpace)?;
+        self.change_in_gate(offset, len, new, compare)
+    }
+
+    /// As [`Volume::change`]; the caller holds the gate and has checked the range.
+    pub(in crate::volume) fn change_in_gate(
+        &self,
+        offset: u64,
+        len: u64,
+        new: Change<'_>,
+        compare: bool,
+    ) -> std::result::Result<(), Refused> {
+        let vol = &*self.vol;
         self.shared.check_open()?;
         let grains = vol.grain.cover(offset..offset + len);
         let (needs, may_elide) = self.needs(&grains)?;
         if needs.is_empty() && !compare {
             let whole = offset..offset + len;
+            self.shared.track(vol, grains).map_err(Refused::Thin)?;
             return Ok(self.put(offset, new, std::slice::from_ref(&whole))?);
         }
         let _range = vol.ranges.lock(grains.clone());
@@ -283,6 +327,10 @@ impl Volume {
                 _ => runs.push(start..end),
             }
         }
+        for run in &runs {
+            let grains = vol.grain.cover(run.clone());
+            self.shared.track(vol, grains).map_err(Refused::Thin)?;
+        }
         Ok(self.put(offset, new, &runs)?)
     }
 
@@ -299,7 +347,12 @@ impl Volume {
     }
 
     /// The entries that preserve the old content of those grains that change.
-    fn undo(&self, needs: &[Range<u64>], old: &Old, changes: &dyn Fn(u64) -> bool) -> Vec<Entry> {
+    pub(in crate::volume) fn undo(
+        &self,
+        needs: &[Range<u64>],
+        old: &Old,
+        changes: &dyn Fn(u64) -> bool,
+    ) -> Vec<Entry> {
         let vol = &*self.vol;
         let epoch = vol.state().epoch;
         let grain = vol.grain.bytes() as usize;
@@ -340,8 +393,13 @@ impl Volume {
     }
 
     /// Hands new content to the kernel for the source. Everything needed is preserved by now.
-    fn put(&self, offset: u64, new: Change<'_>, runs: &[Range<u64>]) -> Result<()> {
-        if runs.is_empty() {
+    pub(in crate::volume) fn put(
+        &self,
+        offset: u64,
+        new: Change<'_>,
+        runs: &[Range<u64>],
+    ) -> Result<()> {
+        if runs.is_empty() || matches!(new, Change::Cut) {
             return Ok(());
         }
         let vol = &*self.vol;
@@ -355,6 +413,7 @@ impl Volume {
                     source.write_all_at(run.start, &[&data[from..from + len as usize]])
                 }
                 Change::Zero => source.punch(run.start, len),
+                Change::Cut => Ok(()),
             };
             // After the write: a sync that began before it must not clear this.
             vol.dirty.store(true, Ordering::Release);
@@ -381,7 +440,8 @@ impl Volume {
     /// # Errors
     /// `Io`.
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
-        if offset >= self.vol.size {
+        let _reading = self.reading()?;
+        if offset >= self.vol.size() {
             return Ok(None);
         }
         let found = self
@@ -389,7 +449,7 @@ impl Volume {
             .source()?
             .next_data(offset)
             .context(|| "cannot look for data")?;
-        Ok(found.filter(|&at| at < self.vol.size))
+        Ok(found.filter(|&at| at < self.vol.size()))
     }
 
     /// The first hole at or after an offset; the size counts as one.
@@ -397,7 +457,8 @@ impl Volume {
     /// # Errors
     /// `Io`.
     pub fn next_hole(&self, offset: u64) -> Result<u64> {
-        if offset >= self.vol.size {
+        let _reading = self.reading()?;
+        if offset >= self.vol.size() {
             return Ok(offset);
         }
         let found = self
@@ -405,7 +466,7 @@ impl Volume {
             .source()?
             .next_hole(offset)
             .context(|| "cannot look for holes")?;
-        Ok(found.min(self.vol.size))
+        Ok(found.min(self.vol.size()))
     }
 
     /// Bytes of storage in use by the source.
@@ -463,7 +524,7 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
 }
 
 /// Old content of a run of grains, as far as it was read; what lies past the source's end is zero.
-struct Old {
+pub(in crate::volume) struct Old {
     grains: Range<u64>,
     grain: usize,
     start: u64,
@@ -471,13 +532,17 @@ struct Old {
 }
 
 impl Old {
-    fn read(vol: &Vol, grains: Range<u64>, look: &[Range<u64>]) -> Result<Old> {
+    pub(in crate::volume) fn read(
+        vol: &Vol,
+        grains: Range<u64>,
+        look: &[Range<u64>],
+    ) -> Result<Old> {
         let span = vol.grain.span(grains.clone());
         let mut bytes = vec![0; (span.end - span.start) as usize];
         let source = vol.source()?;
         for run in look {
             let run = vol.grain.span(run.clone());
-            let end = run.end.min(vol.size);
+            let end = run.end.min(vol.size());
             let part = (run.start - span.start) as usize..(end - span.start) as usize;
             source
                 .read_exact_at(run.start, &mut bytes[part])
@@ -496,7 +561,7 @@ impl Old {
         })
     }
 
-    fn bytes(&self, range: Range<u64>) -> &[u8] {
+    pub(in crate::volume) fn bytes(&self, range: Range<u64>) -> &[u8] {
         &self.bytes[(range.start - self.start) as usize..(range.end - self.start) as usize]
     }
 

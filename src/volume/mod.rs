@@ -15,27 +15,37 @@
 //! - I7 A failed sync is never repeated as proof: the volume is suspect until reopened or accepted.
 //!
 //! Locks, in the order in which they may be taken: `structure` (one catalogue change at a time),
-//! the gates of volumes by number (writers share, a snapshot excludes), a range of grains, then the
-//! log's own, `catalog`, a volume's `state`, the map's own. None of the last three is held over I/O.
+//! the gates of volumes by number (writers share, a snapshot excludes), a volume's `reads` (readers of
+//! the live content share, a resize and a revert exclude), a range of grains, then the log's own, `catalog`, a volume's `state`, the map's own. None of the last three is held over I/O.
 
+mod bookmarks;
 mod catalog;
+mod clone_records;
+mod clone_write;
+mod clones;
 mod diffs;
 mod engine;
 mod facts;
+mod layers;
 mod live;
+mod overlay;
 mod range_lock;
 mod read;
 mod reclaim;
 mod recovery;
+mod resize;
+mod revert;
 mod shared;
 mod snapshots;
 mod space;
+mod tracking;
 
-pub use crate::volume::diffs::{DIFF_RUNS_MAX, Diff};
+pub use crate::volume::clones::OpenClone;
+pub use crate::volume::diffs::{DIFF_RUNS_MAX, Diff, DiffPoint};
 pub use crate::volume::engine::Engine;
 pub use crate::volume::facts::{
-    Environment, OnFull, Settings, SnapshotInfo, SnapshotState, Sources, VolumeInfo, VolumeOptions,
-    VolumeState, Zeroing,
+    BookmarkInfo, CloneInfo, Environment, OnFull, Reverted, Settings, SnapshotInfo, SnapshotState,
+    Sources, VolumeInfo, VolumeOptions, VolumeState, Zeroing,
 };
 pub use crate::volume::live::Volume;
 pub use crate::volume::read::Snapshot;

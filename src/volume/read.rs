@@ -45,6 +45,11 @@ impl Snapshot {
         self.info.size
     }
 
+    /// Whether it is one of this volume's.
+    pub(in crate::volume) fn is_of(&self, vol: &Vol) -> bool {
+        self.vol.id == vol.id && self.vol.uuid == vol.uuid
+    }
+
     fn check(&self) -> Result<()> {
         let state = self.vol.state();
         if let Some(why) = state.failed.get(&self.info.epoch.0) {
@@ -138,18 +143,26 @@ impl Snapshot {
     }
 
     fn read_source(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        // Past the source's recorded size a longer snapshot reads as zero; inside it, a short read
-        // is an error and never zeros.
-        let inside = self.vol.size.saturating_sub(offset).min(out.len() as u64) as usize;
-        let (data, rest) = out.split_at_mut(inside);
-        rest.fill(0);
-        self.vol.source()?.read_exact_at(offset, data).context(|| {
-            format!(
-                "cannot read {} bytes at {offset} of {}",
-                data.len(),
-                self.vol.source_path
-            )
-        })
+        loop {
+            // Past the source's recorded size a longer snapshot reads as zero; inside it, a short
+            // read is an error and never zeros.
+            let size = self.vol.size();
+            let inside = size.saturating_sub(offset).min(out.len() as u64) as usize;
+            let (data, rest) = out.split_at_mut(inside);
+            rest.fill(0);
+            match self.vol.source()?.read_exact_at(offset, data) {
+                // Cut off while we read: what it held is preserved by now, and looked for again.
+                Err(_) if self.vol.size() < size => {}
+                done => {
+                    return done.context(|| {
+                        format!(
+                            "cannot read {inside} bytes at {offset} of {}",
+                            self.vol.source_path
+                        )
+                    });
+                }
+            }
+        }
     }
 
     /// Reads whole grains, verifies them, and hands out the part asked for.
@@ -272,13 +285,16 @@ impl Snapshot {
 
     fn seek_source(&self, part: &Range<u64>, data: bool) -> Result<Option<u64>> {
         let source = self.vol.source()?;
-        if part.start >= self.vol.size {
+        let size = self.vol.size();
+        if part.start >= size {
             return Ok((!data).then_some(part.start));
         }
+        // A device may go on behind the volume's end; that is none of the volume's data.
         let found = if data {
-            source.next_data(part.start)
+            let found = source.next_data(part.start);
+            found.map(|found| found.filter(|&at| at < size))
         } else {
-            source.next_hole(part.start).map(Some)
+            source.next_hole(part.start).map(|at| Some(at.min(size)))
         };
         found.context(|| "cannot look for holes in the source")
     }
@@ -286,7 +302,7 @@ impl Snapshot {
     /// After a clean window without data: how far neither the source has data nor anything is
     /// preserved. Keeps a walk over a large sparse image short.
     fn skip_clean_hole(&self, at: u64) -> Result<u64> {
-        let data = match at < self.vol.size {
+        let data = match at < self.vol.size() {
             true => self
                 .vol
                 .source()?

@@ -12,7 +12,7 @@
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::map::Applied;
 use crate::units::{Epoch, Place};
 use crate::volume::shared::{Shared, Vol, lock};
@@ -45,11 +45,13 @@ pub fn maintain(shared: &Shared) -> Result<bool> {
         shared.segments_due.store(true, Ordering::Release);
         worked = true;
     }
+    worked |= shared.remove_doomed_layers()?;
     if shared.segments_due.swap(false, Ordering::AcqRel) {
         remove_dead_segments(shared)
             .inspect_err(|_| shared.segments_due.store(true, Ordering::Release))?;
         worked = true;
     }
+    shared.refine()?;
     if worked {
         shared.space_freed();
     }
@@ -86,6 +88,8 @@ fn checkpoint_due(shared: &Shared) -> bool {
 pub fn checkpoint(shared: &Shared) -> Result<()> {
     shared.room_for_checkpoint()?;
     let (lsn, segment, offset) = shared.log.end();
+    // After the end was taken: an intent before it is not replayed and must not be relied on.
+    shared.complete_epochs();
     shared.map.checkpoint(Applied {
         store: shared.store,
         lsn,
@@ -97,16 +101,23 @@ pub fn checkpoint(shared: &Shared) -> Result<()> {
 }
 
 fn reclaim(shared: &Shared, vol: &Vol) -> Result<()> {
-    let live: Vec<Epoch> = vol.state().points.keys().map(|&e| Epoch(e)).collect();
-    let before = vol.state().reclaimable;
+    // Of one moment: a snapshot that becomes a bookmark must be seen as one of them.
+    let (live, bookmark, before) = {
+        let state = vol.state();
+        let live: Vec<Epoch> = state.points.keys().map(|&e| Epoch(e)).collect();
+        let bookmark = state.bookmarks.first().map(|&e| Epoch(e));
+        (live, bookmark, state.reclaimable)
+    };
     let mut freed: Vec<(Place, u64)> = Vec::new();
     let mut punched = Ok(());
-    shared.map.sweep(vol.id(), &live, &mut |place, blocks| {
-        freed.push((place, blocks));
-        if freed.len() >= PUNCH_AT_ONCE && punched.is_ok() {
-            punched = punch(shared, &mut freed);
-        }
-    })?;
+    shared
+        .map
+        .sweep(vol.id(), &live, bookmark, &mut |place, blocks| {
+            freed.push((place, blocks));
+            if freed.len() >= PUNCH_AT_ONCE && punched.is_ok() {
+                punched = punch(shared, &mut freed);
+            }
+        })?;
     punched.and_then(|()| punch(shared, &mut freed))?;
     let mut state = vol.state();
     state.reclaimable = state.reclaimable.saturating_sub(before);
@@ -144,6 +155,13 @@ fn remove_dead_segments(shared: &Shared) -> Result<()> {
     if dead.is_empty() {
         return Ok(());
     }
+    match shared.keep_bitmaps(&dead) {
+        Err(e) if e.kind() == Kind::NoSpace => {
+            tracing::debug!("dead segments stay until bitmaps have room: {}", e.chain());
+            return Ok(());
+        }
+        done => done?,
+    }
     tracing::debug!(?dead, "removing dead segments");
     // The durable map no longer names them before they go.
     checkpoint(shared)?;
@@ -159,5 +177,10 @@ pub fn drain(shared: &Shared) {
         .unwrap_or_else(PoisonError::into_inner);
     for vol in volumes.values() {
         drop(vol.gate.write().unwrap_or_else(PoisonError::into_inner));
+    }
+    drop(volumes);
+    let clones: Vec<_> = lock(&shared.clones).by_id.values().cloned().collect();
+    for clone in clones {
+        drop(clone.gate.write().unwrap_or_else(PoisonError::into_inner));
     }
 }

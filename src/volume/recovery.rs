@@ -6,6 +6,7 @@
 //!
 //! The map is taken only if it is this store's and does not lead the log; otherwise it is rebuilt.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -19,8 +20,12 @@ use crate::log::superblock::{Superblock, SuperblockFile};
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
 use crate::units::{Lsn, Place, Uuid};
-use crate::volume::catalog::{Catalog, Trust, VolumeEntry};
+use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
+use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
+use crate::volume::layers::Clones;
+use crate::volume::live::Volume;
+use crate::volume::overlay::Home;
 use crate::volume::reclaim;
 use crate::volume::shared::{Point, Shared, Vol, VolState, compare, lock, to_publish};
 use crate::volume::space::{Waiting, apply_marks};
@@ -110,10 +115,12 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         superblock: Mutex::new(superblock),
         catalog: Mutex::new(replay.catalog.clone()),
         volumes: RwLock::default(),
+        clones: Mutex::new(Clones::new(Home::new(Arc::clone(&env.dir)))),
         closed: AtomicBool::new(false),
         checkpointed: Mutex::new((replay.applied_segment, 0)),
         reclaim_due: Mutex::default(),
         segments_due: AtomicBool::new(true),
+        sets_since: Mutex::default(),
         idle_lsn: AtomicU64::new(0),
         maintaining: Mutex::new(()),
         waiting: Waiting::default(),
@@ -122,9 +129,18 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
     });
     for id in shared.map.volumes() {
         // Removed, and its records came back with the replay.
-        if !replay.catalog.volumes.contains_key(&id.0) {
+        let known = match id.0 & LAYER_BIT {
+            0 => replay.catalog.volumes.contains_key(&id.0),
+            _ => replay.catalog.layers.contains_key(&(id.0 & !LAYER_BIT)),
+        };
+        if !known {
             shared.map.forget_volume(id)?;
         }
+    }
+    for id in shared.map.volumes() {
+        // Where their records lie is not known.
+        let epochs = shared.map.epochs(id);
+        lock(&shared.sets_since).extend(epochs.into_iter().map(|epoch| ((id.0, epoch.0), 0)));
     }
     let clean = replay.catalog.clean && !facts.open;
     mark_open(&shared, true)?;
@@ -146,9 +162,13 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         }
         done => drop(done?),
     }
+    shared.recover_clones(clean)?;
     note_losses(&shared, &replay.lost)?;
     if let Err(e) = shared.adopt_marks() {
         tracing::warn!("marks of failure stay in the superblock: {}", e.chain());
+    }
+    for &id in replay.catalog.volumes.keys() {
+        finish_begun(&shared, id);
     }
     for &id in replay.catalog.volumes.keys() {
         // A deletion just before the stop may not have been followed by its reclaim.
@@ -161,6 +181,35 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         tracing::warn!("the rebuilt map is not yet durable: {}", e.chain());
     }
     Ok(shared)
+}
+
+/// Finishes a resize or revert that was begun. What cannot be finished now leaves the volume's live
+/// content unserved, and is tried again when the store is opened again.
+fn finish_begun(shared: &Arc<Shared>, id: u32) {
+    let entry = lock(&shared.catalog).volumes.get(&id).cloned();
+    let (Some(vol), Some(entry)) = (shared.vol(id), entry) else {
+        return;
+    };
+    let live = Volume {
+        shared: Arc::clone(shared),
+        vol,
+    };
+    if let Some(to) = entry.resizing {
+        let ready = live.can_finish();
+        match ready.inspect_err(|e| live.resize_unfinished(to, e)) {
+            Ok(()) => drop(live.finish_resize(to)),
+            Err(_) => return,
+        }
+    }
+    if let Some(begun) = entry.reverting {
+        match live.can_finish() {
+            Ok(()) => match live.finish_revert(begun) {
+                Ok(_) => tracing::info!(volume = id, "an unfinished revert is finished"),
+                Err(e) => tracing::error!(volume = id, "an unfinished revert: {}", e.chain()),
+            },
+            Err(e) => live.revert_unfinished(begun, &e),
+        }
+    }
 }
 
 /// Notes in the superblock, which always has room, whether the store is open.
@@ -210,8 +259,10 @@ struct Replay {
 struct Lost {
     first: Lsn,
     last: Lsn,
-    /// (volume, first epoch, last epoch) of the snapshots that existed then.
+    /// (volume, first epoch, last epoch) of the snapshots and bookmarks that existed then.
     snapshots: Vec<(u32, u64, u64)>,
+    /// The clones that existed then.
+    clones: BTreeSet<u32>,
 }
 
 fn recover_log(
@@ -283,7 +334,7 @@ fn replay(
     let mut catalog = Catalog::default();
     // Every segment begins with a CATALOG. Before one was read, records have nothing to apply to.
     let mut have_catalog = false;
-    let mut lost = Vec::new();
+    let mut lost: Vec<Lost> = Vec::new();
     let (mut scanned_segment, mut adjoins) = (u32::MAX, false);
     let scanned = scan.run(&mut |event| match event {
         Event::Batch {
@@ -297,6 +348,12 @@ fn replay(
                 if record.kind == RecordType::Catalog {
                     match read_catalog(dir, keys, record, place)? {
                         Some(read) => {
+                            if let Some(loss) = lost.last_mut() {
+                                // Clones that were made in what was lost are first heard of here.
+                                let known = |id: &u32| catalog.clones.contains_key(id);
+                                let made = read.clones.keys().filter(|id| !known(id));
+                                loss.clones.extend(made.copied());
+                            }
                             catalog = read;
                             have_catalog = true;
                         }
@@ -351,14 +408,15 @@ fn replay(
                 .volumes
                 .iter()
                 .filter_map(|(&id, v)| {
-                    let first = v.snapshots.keys().next()?;
-                    Some((id, *first, *v.snapshots.keys().next_back()?))
+                    let (first, last) = v.point_span()?;
+                    Some((id, first, last))
                 })
                 .collect();
             lost.push(Lost {
                 first,
                 last,
                 snapshots,
+                clones: catalog.clones.keys().copied().collect(),
             });
             Ok(())
         }
@@ -441,6 +499,16 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
             SnapshotState::Failed(why) => drop(state.failed.insert(epoch, why.clone())),
         }
     }
+    let good = |(&epoch, mark): (&u64, &BookmarkEntry)| {
+        (mark.state == SnapshotState::Active).then_some(epoch)
+    };
+    state.bookmarks = entry.bookmarks.iter().filter_map(good).collect();
+    for (&epoch, snap) in &entry.kept {
+        match &snap.state {
+            SnapshotState::Active => drop(state.points.insert(epoch, Point::Kept)),
+            SnapshotState::Failed(why) => drop(state.failed.insert(epoch, why.clone())),
+        }
+    }
     vol.refresh(&shared.map, &mut state);
     let now = shared.env.clock.now_ns();
     if !clean {
@@ -460,7 +528,12 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
                 .identity()
                 .context(|| format!("cannot stat {}", entry.source))?;
             judge(&mut state, entry, &found, clean, now);
-            if entry.snapshots.is_empty() {
+            if entry.allows(&found) && !is_device(&found) {
+                // Other than the volume's while a resize or revert is unfinished: what lies behind
+                // the end of the file reads as zero for snapshots.
+                vol.set_size(found.size);
+            }
+            if !entry.depended_on() {
                 // Nothing depends on what it was: from here on it is this one.
                 if let Some(known) = lock(&shared.catalog).volumes.get_mut(&id) {
                     known.identity = found;
@@ -485,8 +558,14 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
 fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: bool, now: i64) {
     // A device has no change time to compare.
     let comparable = clean && entry.identity.ctime_ns != 0;
-    let same = compare(&entry.identity, found, comparable);
-    if entry.snapshots.is_empty() && found.size == entry.size {
+    let allowed = entry.allows(found);
+    let same = if allowed {
+        let size = entry.identity.size;
+        compare(&entry.identity, &Identity { size, ..*found }, comparable)
+    } else {
+        compare(&entry.identity, found, comparable)
+    };
+    if !entry.depended_on() && allowed {
         // Nothing depends on the old content; but a backup that compares times has to see it.
         if same.is_err() || !comparable {
             state.note_change(now);
@@ -495,6 +574,13 @@ fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: boo
         state.health = VolumeState::Active;
         return;
     }
+    let same = same.and_then(|()| match allowed {
+        true => Ok(()),
+        false => Err(format!(
+            "it has {} bytes and the volume {}",
+            found.size, entry.size
+        )),
+    });
     if let Err(why) = same {
         tracing::error!(
             "volume {}: the source is not as it was left: {why}",
@@ -509,7 +595,7 @@ fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: boo
     }
 }
 
-/// Lost records may have preserved anything: every snapshot that existed then fails.
+/// Lost records may have said anything: every snapshot and bookmark that existed then fails.
 fn note_losses(shared: &Shared, lost: &[Lost]) -> Result<()> {
     for loss in lost {
         let why = format!(
@@ -519,6 +605,11 @@ fn note_losses(shared: &Shared, lost: &[Lost]) -> Result<()> {
         for &(volume, first, last) in &loss.snapshots {
             if let Some(vol) = shared.vol(volume) {
                 shared.fail_snapshots(&vol, first, last, &why)?;
+            }
+        }
+        for &clone in &loss.clones {
+            if lock(&shared.catalog).clones.contains_key(&clone) {
+                shared.fail_clone(clone, &why)?;
             }
         }
     }
@@ -546,6 +637,10 @@ pub fn close(shared: &Shared) -> Result<()> {
     for vol in vols.iter().filter(|v| v.source.is_some()) {
         crate::volume::live::flush(vol)?;
     }
+    // Before the catalogue: whatever follows it makes the store unclean.
+    shared.complete_epochs();
+    shared.refine()?;
+    shared.flush_clones()?;
     let catalog = shared.current_catalog(true).encode();
     let entry = || {
         shared

@@ -12,9 +12,12 @@ use crate::map::{ExtentMap, GrainSet, Publish, Published};
 use crate::sys::disk::{Disk, Identity};
 use crate::units::{Epoch, Grain, Lsn, Name, Place, Uuid, VolumeId};
 use crate::volume::catalog::{Catalog, Trust, VolumeEntry};
+use crate::volume::clone_records::layer_volume;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
+use crate::volume::layers::Clones;
 use crate::volume::range_lock::RangeLock;
 use crate::volume::space::{FailureWatch, Waiting};
+use crate::volume::tracking::Tracking;
 
 const NS_PER_S: i64 = 1_000_000_000;
 
@@ -37,6 +40,7 @@ pub struct Shared {
     pub superblock: Mutex<SuperblockFile>,
     pub catalog: Mutex<Catalog>,
     pub volumes: RwLock<BTreeMap<u32, Arc<Vol>>>,
+    pub clones: Mutex<Clones>,
     // Atomic.
     pub closed: AtomicBool,
     /// Log bytes at the last checkpoint, as (segment, offset) of its end.
@@ -45,6 +49,8 @@ pub struct Shared {
     pub maintaining: Mutex<()>,
     pub reclaim_due: Mutex<BTreeSet<u32>>,
     pub segments_due: AtomicBool,
+    /// The first segment that may hold records of the sets of a (volume or layer, epoch).
+    pub sets_since: Mutex<BTreeMap<(u32, u64), u32>>,
     pub idle_lsn: AtomicU64,
     pub waiting: Waiting,
     pub failure_watch: Mutex<Option<FailureWatch>>,
@@ -57,11 +63,15 @@ pub struct Vol {
     pub name: Name,
     pub uuid: Uuid,
     pub grain: Grain,
-    pub size: u64,
+    /// Changes only while the gate and `reads` are held exclusively.
+    size: AtomicU64,
     pub source: Option<Arc<dyn Disk>>,
     pub source_path: String,
     /// Writers share it from plan to source write; a snapshot excludes them for its instant.
     pub gate: RwLock<()>,
+    /// Readers of the live content share it; excluded while that content is half one thing and half
+    /// another, and while the size changes. After the gate.
+    pub reads: RwLock<()>,
     pub ranges: RangeLock,
     pub state: Mutex<VolState>,
     /// Held while the source is synced; counts the syncs that succeeded.
@@ -87,11 +97,19 @@ pub struct VolState {
     /// The grains preserved at or after the newest point.
     pub preserved: GrainSet,
     pub newest: Option<u64>,
+    /// Epochs of the bookmarks that have not failed.
+    pub bookmarks: BTreeSet<u64>,
+    /// What must be recorded besides what is preserved; see `tracking`.
+    pub tracking: Tracking,
     pub mtime_ns: i64,
     pub snap_mtime_ns: i64,
     pub changed: bool,
     /// Bytes that reclaim is known to give back.
     pub reclaimable: u64,
+    /// A resize or revert runs: no snapshot, no other change of the volume meanwhile.
+    pub busy: Option<&'static str>,
+    /// A resize or revert was begun and could not be finished: the live content is not served.
+    pub unfinished: Option<String>,
 }
 
 /// Why a point counts.
@@ -106,6 +124,8 @@ pub enum Point {
     Doubtful,
     /// Deleted, kept by open handles.
     Deleted,
+    /// Deleted, kept by a layer of a clone.
+    Kept,
 }
 
 impl Vol {
@@ -126,20 +146,25 @@ impl Vol {
             failed: BTreeMap::new(),
             preserved: GrainSet::default(),
             newest: None,
+            bookmarks: BTreeSet::new(),
+            tracking: Tracking::default(),
             mtime_ns: entry.mtime_ns,
             snap_mtime_ns: entry.snap_mtime_ns,
             changed: entry.changed,
             reclaimable: 0,
+            busy: None,
+            unfinished: None,
         };
         Vol {
             id,
             name: entry.name.clone(),
             uuid: entry.uuid,
             grain: entry.grain,
-            size: entry.size,
+            size: AtomicU64::new(entry.size),
             source,
             source_path: entry.source.clone(),
             gate: RwLock::new(()),
+            reads: RwLock::new(()),
             ranges: RangeLock::default(),
             state: Mutex::new(state),
             sync: Mutex::new(0),
@@ -169,6 +194,16 @@ impl Vol {
         VolumeId(self.id)
     }
 
+    /// Bytes of the volume. Stays while the gate or `reads` is held; a device may have more.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// The caller holds the gate and `reads` exclusively, or nobody else has the volume yet.
+    pub fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
     pub fn grain_blocks(&self) -> u32 {
         self.grain.blocks() as u32
     }
@@ -182,17 +217,21 @@ impl Vol {
         }
     }
 
-    /// Recomputes what is preserved for the newest point after points came or went.
+    /// Recomputes what is preserved for the newest point, and what is tracked, after points or
+    /// bookmarks came or went.
     pub fn refresh(&self, map: &ExtentMap, state: &mut VolState) {
         let newest = state.points.keys().next_back().copied();
-        if newest == state.newest {
-            return;
+        if newest != state.newest {
+            state.newest = newest;
+            state.preserved = match newest {
+                Some(epoch) => map.preserved_since(self.id(), Epoch(epoch)),
+                None => GrainSet::default(),
+            };
         }
-        state.newest = newest;
-        state.preserved = match newest {
-            Some(epoch) => map.preserved_since(self.id(), Epoch(epoch)),
-            None => GrainSet::default(),
-        };
+        let since = state.tracked_since();
+        state
+            .tracking
+            .follow(since, |epoch| map.changed_between(self.id(), epoch, None));
     }
 }
 
@@ -208,6 +247,32 @@ impl VolState {
         };
         self.mtime_ns = self.mtime_ns.max(now_ns).max(floor);
         self.changed = true;
+    }
+
+    /// Whether the live content may be served and written.
+    ///
+    /// # Errors
+    /// As [`VolState::usable`]; `Failed` while a resize or revert is unfinished.
+    pub fn serving(&self, name: &Name) -> Result<()> {
+        self.usable(name)?;
+        match &self.unfinished {
+            None => Ok(()),
+            Some(why) => Err(Error::new(Kind::Failed, format!("volume {name}: {why}"))),
+        }
+    }
+
+    /// Whether nothing runs that excludes snapshots and changes of the volume.
+    ///
+    /// # Errors
+    /// `Busy`.
+    pub fn idle(&self, name: &Name) -> Result<()> {
+        match self.busy {
+            None => Ok(()),
+            Some(what) => Err(Error::new(
+                Kind::Busy,
+                format!("volume {name}: {what} is under way"),
+            )),
+        }
     }
 
     /// Whether clean blocks of the source may be served and written.
@@ -228,9 +293,10 @@ impl VolState {
             VolumeState::Changed(why) => why,
             // A failed sync of a changed source does not make it good.
             _ if self.trust == Trust::Changed => "found changed",
-            VolumeState::Active | VolumeState::Unverified | VolumeState::Suspect(_) => {
-                return Ok(());
-            }
+            VolumeState::Active
+            | VolumeState::Unverified
+            | VolumeState::Suspect(_)
+            | VolumeState::Unfinished(_) => return Ok(()),
         };
         Err(Error::new(
             Kind::Failed,
@@ -315,6 +381,30 @@ impl Shared {
     }
 }
 
+/// Whether a record says nothing new while the store is open: an intent because the grains that are
+/// written are noted one by one, a BITMAP because it repeats what the map holds.
+fn only_replayed(record: &Record) -> bool {
+    record.kind == RecordType::Bitmap || record.is_intent()
+}
+
+fn bitmap_to_publish(record: &Record, batch: Place) -> Option<Publish> {
+    let (bits, complete) = record.bitmap_bits()?;
+    // What cannot be read says that all of it changed: too much, never too little.
+    let bits = GrainSet::from_chunk_bytes(record.first, bits).unwrap_or_else(|| {
+        let all = record.first..record.first + u64::from(record.count);
+        std::iter::once(all).collect()
+    });
+    Some(Publish {
+        volume: VolumeId(record.volume),
+        epoch: Epoch(record.epoch),
+        start: record.first,
+        count: record.count,
+        grain_blocks: 1,
+        segment: batch.segment,
+        kind: Published::Bits { bits, complete },
+    })
+}
+
 /// The map's view of a record that has become durable; `None` for catalogue records.
 pub fn to_publish(record: &Record, batch: Place) -> Option<Publish> {
     let (kind, segment) = match record.kind {
@@ -329,15 +419,20 @@ pub fn to_publish(record: &Record, batch: Place) -> Option<Publish> {
             )
         }
         RecordType::Zero => (Published::Zero, batch.segment),
-        RecordType::Changed => (Published::Changed, batch.segment),
+        RecordType::Changed | RecordType::CloneAlloc => (Published::Changed, batch.segment),
+        RecordType::Bitmap => return bitmap_to_publish(record, batch),
         _ => return None,
+    };
+    let (volume, epoch) = match record.kind {
+        RecordType::CloneAlloc => (layer_volume(u32::try_from(record.epoch).ok()?), 1),
+        _ => (VolumeId(record.volume), record.epoch),
     };
     // A record that says nothing sound of its grain is no record of ours.
     let grain = Grain::new(u64::from(record.grain_bytes()?)).ok()?;
     let grain_blocks = grain.blocks() as u32;
     Some(Publish {
-        volume: VolumeId(record.volume),
-        epoch: Epoch(record.epoch),
+        volume,
+        epoch: Epoch(epoch),
         start: record.first,
         count: record.count,
         grain_blocks,
@@ -351,6 +446,7 @@ impl Sink for Shared {
         let published: Vec<Publish> = batch
             .records
             .iter()
+            .filter(|r| !only_replayed(r))
             .filter_map(|r| to_publish(r, batch.place))
             .collect();
         let preserved: Vec<(u32, u64, u64)> = batch
@@ -359,13 +455,22 @@ impl Sink for Shared {
             .filter(|r| matches!(r.kind, RecordType::Preserve | RecordType::Zero))
             .map(|r| (r.volume, r.first, r.first + u64::from(r.count)))
             .collect();
+        let intents = batch.records.iter().filter(|r| r.is_intent());
+        let sets: Vec<(u32, u64)> = published
+            .iter()
+            .map(|p| (p.volume.0, p.epoch.0))
+            .chain(intents.map(|r| (r.volume, r.epoch)))
+            .collect();
         // The map first: whoever recomputes `preserved` from it in between misses nothing.
         if !published.is_empty() {
             self.map.publish(published);
         }
+        self.note_sets(sets.into_iter(), batch.place.segment);
         for (volume, start, end) in preserved {
             if let Some(vol) = self.vol(volume) {
-                vol.state().preserved.insert_range(start..end);
+                let mut state = vol.state();
+                state.preserved.insert_range(start..end);
+                state.tracking.recorded(start..end);
             }
         }
         let mut catalog = lock(&self.catalog);

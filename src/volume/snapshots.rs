@@ -13,7 +13,10 @@ use std::sync::{Arc, PoisonError};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::record::{Record, RecordType};
 use crate::units::{Epoch, Name, Uuid};
-use crate::volume::catalog::{SnapEntry, hold_record, rename_record, snap_record};
+use crate::volume::bookmarks;
+use crate::volume::catalog::{
+    Catalog, SnapEntry, bookmark_record, hold_record, rename_record, snap_record,
+};
 use crate::volume::facts::{SnapshotInfo, VolumeState};
 use crate::volume::live::flush;
 use crate::volume::read::Snapshot;
@@ -21,7 +24,7 @@ use crate::volume::shared::{Point, Shared, Vol, lock};
 
 /// Most volumes of one group: their SNAPs go into one commit block.
 const GROUP_MAX: usize = 256;
-/// Most snapshots of one store: the catalogue must fit a batch many times over.
+/// Most snapshots and bookmarks of one store: the catalogue must fit a batch many times over.
 const SNAPSHOTS_MAX: usize = 65_536;
 
 struct Taking {
@@ -61,7 +64,7 @@ pub fn take(shared: &Arc<Shared>, targets: &[(Name, Name)]) -> Result<Vec<Snapsh
             .collect();
         let taken_ns = shared.env.clock.now_ns();
         for ((vol, name), uuid) in vols.iter().zip(uuids) {
-            let allocated = vol.source()?.allocated().unwrap_or(vol.size);
+            let allocated = vol.source()?.allocated().unwrap_or_else(|_| vol.size());
             let entry = open_epoch(
                 shared,
                 vol,
@@ -79,14 +82,57 @@ pub fn take(shared: &Arc<Shared>, targets: &[(Name, Name)]) -> Result<Vec<Snapsh
     match make_durable(shared, &taking) {
         Ok(()) => Ok(settle(shared, taking)),
         Err(e) => {
-            abort(
-                shared,
-                &taking,
-                e.kind() != Kind::NoSpace && e.kind() != Kind::Failed,
-            );
+            abort(shared, &taking, is_doubtful(&e));
             Err(e)
         }
     }
+}
+
+/// Takes a snapshot of a volume that the caller has claimed; its gate is held exclusively, and
+/// `structure` too. The name is free.
+///
+/// # Errors
+/// As [`take`].
+pub fn take_held(shared: &Arc<Shared>, vol: &Arc<Vol>, name: &Name) -> Result<SnapshotInfo> {
+    check_count(&lock(&shared.catalog), 1)?;
+    let uuid = random_uuid(shared)?;
+    let now = shared.env.clock.now_ns();
+    let ino = lock(&shared.catalog).next_ino;
+    let allocated = vol.source()?.allocated().unwrap_or_else(|_| vol.size());
+    let taking = [open_epoch(
+        shared,
+        vol,
+        name,
+        uuid,
+        (now, ino),
+        allocated,
+        None,
+    )];
+    let done = make_durable(shared, &taking);
+    done.inspect_err(|e| abort(shared, &taking, is_doubtful(e)))?;
+    let [taken] = taking;
+    let mut infos = settle(shared, vec![taken]);
+    Ok(infos.remove(0))
+}
+
+/// Whether a SNAP that was refused might come back with a crash.
+fn is_doubtful(e: &Error) -> bool {
+    e.kind() != Kind::NoSpace && e.kind() != Kind::Failed
+}
+
+fn check_count(catalog: &Catalog, more: usize) -> Result<()> {
+    let count: usize = catalog
+        .volumes
+        .values()
+        .map(|v| v.snapshots.len() + v.bookmarks.len())
+        .sum();
+    if count + more > SNAPSHOTS_MAX {
+        return Err(Error::new(
+            Kind::Limit,
+            format!("a store holds at most {SNAPSHOTS_MAX} snapshots and bookmarks; delete some"),
+        ));
+    }
+    Ok(())
 }
 
 fn check_targets(shared: &Shared, targets: &[(Name, Name)]) -> Result<Vec<(Arc<Vol>, Name)>> {
@@ -107,7 +153,8 @@ fn check_targets(shared: &Shared, targets: &[(Name, Name)]) -> Result<Vec<(Arc<V
             ));
         }
         let state = vol.state();
-        state.usable(&vol.name)?;
+        state.idle(&vol.name)?;
+        state.serving(&vol.name)?;
         if let VolumeState::Suspect(why) = &state.health {
             return Err(Error::new(
                 Kind::Failed,
@@ -118,20 +165,10 @@ fn check_targets(shared: &Shared, targets: &[(Name, Name)]) -> Result<Vec<(Arc<V
         vols.push((vol, name.clone()));
     }
     let catalog = lock(&shared.catalog);
-    let count: usize = catalog.volumes.values().map(|v| v.snapshots.len()).sum();
-    if count + targets.len() > SNAPSHOTS_MAX {
-        return Err(Error::new(
-            Kind::Limit,
-            format!("a store holds at most {SNAPSHOTS_MAX} snapshots; delete some"),
-        ));
-    }
+    check_count(&catalog, targets.len())?;
     for (vol, name) in &vols {
-        if catalog
-            .volumes
-            .get(&vol.id)
-            .is_some_and(|v| v.find(name).is_some())
-        {
-            let why = format!("there is a snapshot '{name}' of this volume already");
+        if catalog.volumes.get(&vol.id).is_some_and(|v| v.has(name)) {
+            let why = format!("there is a snapshot or bookmark '{name}' of this volume already");
             return Err(Error::new(Kind::Exists, why));
         }
     }
@@ -164,6 +201,9 @@ fn open_epoch(
     state.newest = Some(epoch);
     state.preserved = Default::default();
     state.changed = false;
+    state.tracking.epoch_opened();
+    // Every later write finds this point.
+    state.tracking.follow(None, |_| Default::default());
     state.snap_mtime_ns = state.snap_mtime_ns.max(mtime_ns);
     drop(state);
     let entry = SnapEntry {
@@ -172,7 +212,7 @@ fn open_epoch(
         ino,
         taken_ns,
         mtime_ns,
-        size: vol.size,
+        size: vol.size(),
         allocated,
         parent,
         group,
@@ -294,11 +334,12 @@ pub fn list(shared: &Shared, volume: &Name) -> Result<Vec<SnapshotInfo>> {
         .collect())
 }
 
-/// Deletes a snapshot; durable when it returns.
+/// Deletes a snapshot, and may keep a bookmark in its place; durable when it returns.
 ///
 /// # Errors
-/// `NotFound`, `Busy` while it is on hold, `NoSpace`, `Io`: the snapshot stays.
-pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name) -> Result<()> {
+/// `NotFound`, `Busy` while it is on hold, `Failed` if it has failed and is to be kept as a bookmark,
+/// `NoSpace`, `Io`: the snapshot stays.
+pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name, keep: bool) -> Result<()> {
     let _structure = lock(&shared.structure);
     shared.check_open()?;
     let (vol, epoch, snap) = find(shared, volume, name)?;
@@ -306,14 +347,33 @@ pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name) -> Result<()> {
         let why = format!("snapshot '{volume}@{name}' is on hold; release it first");
         return Err(Error::new(Kind::Busy, why));
     }
+    not_reverting(shared, &vol, epoch)?;
     let unique = shared.unique_bytes(&vol, epoch);
-    shared.append_records(vec![Record::plain(
-        RecordType::Delete,
-        vol.id,
-        epoch,
-        Vec::new(),
-    )])?;
+    let record = match keep {
+        true => bookmark_record(vol.id, epoch, &bookmarks::kept(volume, &snap)?),
+        false => Record::plain(RecordType::Delete, vol.id, epoch, Vec::new()),
+    };
+    shared.append_records(vec![record])?;
+    release_point(shared, &vol, epoch, unique, keep);
+    Ok(())
+}
+
+/// A snapshot has left the listing: what nothing else keeps is let go. `unique` is what only it needed;
+/// `bookmark` says that a bookmark has taken its place.
+pub fn release_point(shared: &Shared, vol: &Vol, epoch: u64, unique: u64, bookmark: bool) {
+    let kept = lock(&shared.catalog)
+        .volumes
+        .get(&vol.id)
+        .is_some_and(|v| v.kept.contains_key(&epoch));
     let mut state = vol.state();
+    if bookmark {
+        // With the point, not after it: whoever gathers what is needed sees one or the other.
+        state.bookmarks.insert(epoch);
+    }
+    if kept {
+        state.points.entry(epoch).and_modify(|p| *p = Point::Kept);
+        return;
+    }
     if state.pins.contains_key(&epoch) {
         state
             .points
@@ -322,12 +382,45 @@ pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name) -> Result<()> {
     } else {
         state.points.remove(&epoch);
         state.failed.remove(&epoch);
-        vol.refresh(&shared.map, &mut state);
     }
+    vol.refresh(&shared.map, &mut state);
     state.reclaimable += unique;
     drop(state);
     shared.mark_reclaim(vol.id);
-    Ok(())
+}
+
+/// Whether no revert that is under way or unfinished needs a snapshot. The caller holds `structure`.
+///
+/// # Errors
+/// `Busy`.
+pub fn not_reverting(shared: &Shared, vol: &Vol, epoch: u64) -> Result<()> {
+    let catalog = lock(&shared.catalog);
+    let begun = catalog.volumes.get(&vol.id).and_then(|v| v.reverting);
+    match begun {
+        Some(begun) if begun.target == epoch || begun.undo == epoch => Err(Error::new(
+            Kind::Busy,
+            format!("a revert of volume '{}' needs the snapshot", vol.name),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Opens a snapshot that is known to be listed, by its epoch.
+///
+/// # Errors
+/// `NotFound`.
+pub fn open_at(shared: &Arc<Shared>, vol: &Arc<Vol>, epoch: u64) -> Result<Snapshot> {
+    let snap = {
+        let catalog = lock(&shared.catalog);
+        let entry = catalog.volumes.get(&vol.id);
+        let snap = entry.and_then(|v| v.snapshots.get(&epoch).cloned());
+        let snap = snap
+            .ok_or_else(|| Error::new(Kind::NotFound, format!("no snapshot of epoch {epoch}")))?;
+        vol.pin(epoch, &snap.state);
+        snap
+    };
+    let info = info_of(shared, vol, epoch, &snap);
+    Ok(Snapshot::pinned(Arc::clone(shared), Arc::clone(vol), info))
 }
 
 /// Puts a snapshot on hold or releases it; durable when it returns.
@@ -357,8 +450,12 @@ pub fn rename(shared: &Arc<Shared>, volume: &Name, name: &Name, new: &Name) -> R
     if name == new {
         return Ok(());
     }
-    if find(shared, volume, new).is_ok() {
-        let why = format!("there is a snapshot '{volume}@{new}' already");
+    let taken = lock(&shared.catalog)
+        .volumes
+        .get(&vol.id)
+        .is_some_and(|entry| entry.has(new));
+    if taken {
+        let why = format!("there is a snapshot or bookmark '{volume}@{new}' already");
         return Err(Error::new(Kind::Exists, why));
     }
     shared

@@ -18,6 +18,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::superblock::{InvalidMark, MARKS_MAX};
 use crate::sys::disk::Open;
 use crate::volume::catalog::invalidate_record;
+use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{OnFull, SnapshotState};
 use crate::volume::shared::{Shared, Vol, lock};
 
@@ -161,28 +162,36 @@ impl Shared {
         }
     }
 
-    /// Marks the snapshots with epochs in `first..=last` failed; durable when it returns, before the
+    /// Marks the snapshots and bookmarks with epochs in `first..=last` failed; durable when it returns, before the
     /// caller overwrites anything they need. The caller holds `structure`.
     ///
     /// # Errors
     /// If neither the log nor the superblock takes the mark: then nothing has changed.
     pub fn fail_snapshots(&self, vol: &Vol, first: u64, last: u64, why: &str) -> Result<()> {
-        let record = invalidate_record(vol.id, first, last, why);
-        if let Err(e) = self.append_records(vec![record]) {
+        self.mark_failed(vol.id, first, last, why)?;
+        self.drop_failed_points(vol, first..=last, why);
+        Ok(())
+    }
+
+    /// Puts a mark of failure where it is durable, and into the catalogue. `volume` may stand for a
+    /// clone, see `LAYER_BIT`.
+    pub(in crate::volume) fn mark_failed(
+        &self,
+        volume: u32,
+        first: u64,
+        last: u64,
+        why: &str,
+    ) -> Result<()> {
+        let record = invalidate_record(volume, first, last, why);
+        if let Err(e) = self.append_records(vec![record.clone()]) {
             tracing::error!("the log does not take a mark of failure: {}", e.chain());
             self.mark_in_superblock(InvalidMark {
-                volume: vol.id,
+                volume,
                 first,
                 last,
             })?;
-            let mut catalog = lock(&self.catalog);
-            if let Some(entry) = catalog.volumes.get_mut(&vol.id) {
-                for (_, snap) in entry.snapshots.range_mut(first..=last) {
-                    snap.state = SnapshotState::Failed(why.to_owned());
-                }
-            }
+            lock(&self.catalog).apply(&record)?;
         }
-        self.drop_failed_points(vol, first..=last, why);
         Ok(())
     }
 
@@ -205,7 +214,7 @@ impl Shared {
     }
 
     /// The points that failed need nothing any more; readers and listings are told.
-    fn drop_failed_points(&self, vol: &Vol, epochs: std::ops::RangeInclusive<u64>, why: &str) {
+    fn drop_failed_points(&self, vol: &Vol, failed: std::ops::RangeInclusive<u64>, why: &str) {
         let mut inos = Vec::new();
         {
             let catalog = lock(&self.catalog);
@@ -213,27 +222,33 @@ impl Shared {
                 inos.extend(
                     entry
                         .snapshots
-                        .range(epochs.clone())
+                        .range(failed.clone())
                         .map(|(_, snap)| snap.ino),
                 );
             }
+            // What is read through a snapshot fails with it.
+            let clones = catalog.clones.values().filter(|c| {
+                c.volume == vol.id && catalog.bottom(c.top).is_some_and(|e| failed.contains(&e))
+            });
+            inos.extend(clones.map(|c| c.ino));
         }
         let mut state = vol.state();
         let gone: Vec<u64> = state
             .points
-            .range(epochs)
+            .range(failed.clone())
             .map(|(&epoch, _)| epoch)
             .collect();
         for epoch in gone {
             state.points.remove(&epoch);
             state.failed.insert(epoch, why.to_owned());
         }
+        state.bookmarks.retain(|epoch| !failed.contains(epoch));
         vol.refresh(&self.map, &mut state);
         drop(state);
         self.mark_reclaim(vol.id);
         tracing::error!(
             volume = vol.id,
-            "{} snapshots have failed: {why}",
+            "{} snapshots and clones have failed: {why}",
             inos.len()
         );
         if let Some(watch) = &*lock(&self.failure_watch) {
@@ -251,7 +266,11 @@ impl Shared {
             return Ok(());
         }
         let record = |m: &InvalidMark| {
-            invalidate_record(m.volume, m.first, m.last, "the thin target was full")
+            let why = match m.volume & LAYER_BIT {
+                0 => "the thin target was full",
+                _ => "a part of the log was lost",
+            };
+            invalidate_record(m.volume, m.first, m.last, why)
         };
         self.append_records(marks.iter().map(record).collect())?;
         let mut superblock = lock(&self.superblock);
@@ -308,12 +327,19 @@ pub fn apply_marks(shared: &Shared) {
     let marks = lock(&shared.superblock).current().invalid.clone();
     for mark in marks {
         let mut catalog = lock(&shared.catalog);
-        if let Some(entry) = catalog.volumes.get_mut(&mark.volume)
+        if mark.volume & LAYER_BIT != 0 {
+            catalog.fail_clone(mark.volume & !LAYER_BIT, "a part of the log was lost");
+        } else if let Some(entry) = catalog.volumes.get_mut(&mark.volume)
             && mark.first <= mark.last
         {
-            for (_, snap) in entry.snapshots.range_mut(mark.first..=mark.last) {
+            for snap in entry.points_mut(mark.first..=mark.last) {
                 if snap.state == SnapshotState::Active {
                     snap.state = SnapshotState::Failed("the thin target was full".into());
+                }
+            }
+            for (_, bookmark) in entry.bookmarks.range_mut(mark.first..=mark.last) {
+                if bookmark.state == SnapshotState::Active {
+                    bookmark.state = SnapshotState::Failed("the thin target was full".into());
                 }
             }
         }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `model` | 5,000 random operations of every kind against a model |
 //! | `tools` | cp, rsync, tar and dd take backups and restore them |
+//! | `clones` | clones by ln and cp, written with plain tools and used as disks; revert, resize, bookmarks |
 //! | `diffs` | a snapshot and a diff in a directory are a backup that qemu-img restores |
 //! | `filesystems` | ext4 and XFS on `live.img`: snapshots pass fsck and hold the files of their instant |
 //! | `semantics` | what only a kernel can ask: the sentences of `docs/semantics.md` about system calls |
@@ -14,6 +15,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod clones;
 mod diffs;
 mod filesystems;
 mod harness;

@@ -272,7 +272,9 @@ impl Rig {
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
-        left.retain(|name| !["lock", "superblock", "log", "map", "ballast"].contains(&&**name));
+        left.retain(|name| {
+            !["lock", "superblock", "log", "map", "ballast", "clones"].contains(&&**name)
+        });
         assert!(left.is_empty(), "left in the store: {left:?}");
     }
 

@@ -199,7 +199,7 @@ fn an_open_diff_reads_on_when_its_ends_are_renamed_and_deleted() {
 fn a_diff_cannot_be_made_changed_or_removed() {
     let w = changed();
     let dir = w.node("vm/diffs");
-    let made = w.tree.create(dir, "x.img", CALLER).map(drop);
+    let made = w.tree.create(dir, "x.img", WRITE, CALLER).map(drop);
     assert_eq!(made.map_err(kind), Err(Kind::Permission));
     for name in ["a..b.qcow2", "a.img"] {
         let removed = w.tree.unlink(dir, name).map_err(kind);
@@ -233,4 +233,47 @@ fn a_diff_cannot_be_made_changed_or_removed() {
         assert!(matches!(w.set(&path, size), Err(TreeError::ReadOnly)));
         assert_eq!(w.tree.listxattr(w.node(&path)).unwrap(), b"");
     }
+}
+
+/// A bookmark stands where a snapshot stood: the same diff under the same name and number, also
+/// after a restart, until it is deleted.
+#[test]
+fn a_bookmark_is_the_older_end_of_a_diff() {
+    let mut w = changed();
+    let names = ["a..b.qcow2", "a..c.json", "a..live.json"];
+    let path = |name: &str| format!("vm/diffs/{name}");
+    let before = names.map(|name| (w.node(&path(name)), w.content(&path(name))));
+    let (vm, a) = (Name::new("vm").unwrap(), Name::new("a").unwrap());
+    let held = w.open(&path("a..b.qcow2"), READ).unwrap();
+    w.engine.delete_snapshot_keep_bookmark(&vm, &a).unwrap();
+    assert_eq!(w.read_all(held), before[0].1, "through an open handle");
+    w.tree.release(held).unwrap();
+    for round in ["deleted", "stopped", "killed"] {
+        for (name, (node, content)) in names.iter().zip(&before) {
+            assert_eq!(w.node(&path(name)), *node, "{name} {round}");
+            assert!(w.content(&path(name)) == *content, "{name} {round}");
+            assert_eq!(w.tree.getattr(*node).unwrap().nlink, 1, "{name} {round}");
+        }
+        assert!(!w.names("vm/diffs").contains(&"a..b.qcow2".to_owned()));
+        for gone in ["vm/diffs/a.img", "vm/snapshots/a.img", "vm/diffs/b..a.json"] {
+            let refused = w.walk(gone).unwrap_err();
+            assert_eq!(kind(refused), Kind::NotFound, "{gone} {round}");
+        }
+        while w.engine.maintain().unwrap() {}
+        w.restart(round == "stopped", |_| {});
+    }
+    // Its name is taken until it goes.
+    let directory = w.node("vm/snapshots");
+    let taken = w.tree.create(directory, "a.img", WRITE, CALLER);
+    assert_eq!(kind(taken.unwrap_err()), Kind::Exists);
+    let json = w.open(&path("a..c.json"), READ).unwrap();
+    w.engine.delete_bookmark(&vm, &a).unwrap();
+    for (name, (node, _)) in names.iter().zip(&before) {
+        let gone = w.walk(&path(name)).unwrap_err();
+        assert_eq!(kind(gone), Kind::NotFound, "{name}");
+        assert_eq!(w.tree.getattr(*node).is_ok(), *name == "a..c.json");
+    }
+    assert_eq!(w.read_all(json), before[1].1);
+    w.tree.release(json).unwrap();
+    w.touch("vm", "a.img");
 }

@@ -190,7 +190,7 @@ fn touching_an_existing_snapshot_takes_nothing() {
     let open = w.open("vm/snapshots/a.img", WRITE);
     assert!(matches!(open, Err(TreeError::ReadOnly)));
     let directory = w.node("vm/snapshots");
-    let create = w.tree.create(directory, "a.img", CALLER).map(drop);
+    let create = w.tree.create(directory, "a.img", WRITE, CALLER).map(drop);
     assert_eq!(create.map_err(kind), Err(Kind::Exists));
     assert_eq!(w.walk("vm/snapshots/a.img").unwrap(), a);
     assert_eq!(w.names("vm/snapshots"), [".", "..", "a.img"]);
@@ -250,5 +250,51 @@ fn an_entry_that_stays_is_listed_once_whatever_is_deleted_around_it() {
     expected.extend((0..20).step_by(2).map(|i| format!("s{i:02}.img")));
     for name in &expected {
         assert_eq!(seen.iter().filter(|n| *n == name).count(), 1, "{name}");
+    }
+}
+
+/// A number is good for as long as its node exists, also after the kernel forgot it and after a
+/// restart: what a file handle that somebody has kept (an NFS client) asks for.
+#[test]
+fn a_number_alone_finds_its_node_and_its_parent() {
+    let mut w = world();
+    w.write("vm/live.img", 0, b"x");
+    w.touch("vm", "a.img");
+    w.write("vm/live.img", 0, b"y");
+    w.touch("vm", "b.img");
+    w.touch("odd", "a.img");
+    let paths = [
+        "vm",
+        "vm/live.img",
+        "vm/snapshots",
+        "vm/clones",
+        "vm/diffs",
+        "vm/snapshots/a.img",
+        "odd/snapshots/a.img",
+        "vm/diffs/a..b.qcow2",
+        "vm/diffs/a..live.json",
+        ".stillframe",
+        "",
+    ];
+    let before = paths.map(|path| w.walk(path).unwrap());
+    w.restart(false, |_| {});
+    for (path, attr) in paths.iter().zip(&before) {
+        assert_eq!(w.tree.getattr(attr.node).unwrap().node, attr.node, "{path}");
+        let dot = w.tree.lookup(attr.node, ".").unwrap();
+        assert_eq!((dot.node, dot.kind), (attr.node, attr.kind), "{path}");
+        let above = w.tree.lookup(attr.node, "..");
+        let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
+        match attr.kind {
+            FileKind::Directory => assert_eq!(above.unwrap().node, w.node(parent), "{path}"),
+            FileKind::File => assert!(matches!(above, Err(TreeError::NotDirectory)), "{path}"),
+        }
+    }
+    w.restart(false, |_| {});
+    let (a, diff) = (before[5].node, before[7].node);
+    w.tree.unlink(w.node("vm/snapshots"), "a.img").unwrap();
+    for gone in [a, diff, NodeId(a.0 + 1000), NodeId(u64::MAX)] {
+        for asked in [w.tree.getattr(gone), w.tree.lookup(gone, ".")] {
+            assert_eq!(kind(asked.unwrap_err()), Kind::NotFound, "{gone:?}");
+        }
     }
 }

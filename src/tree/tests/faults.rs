@@ -158,7 +158,7 @@ fn a_write_that_finds_no_space_to_preserve_changes_nothing() {
 
 fn touched(w: &World, name: &str) -> bool {
     let directory = w.node("vm/snapshots");
-    match w.tree.create(directory, name, CALLER) {
+    match w.tree.create(directory, name, WRITE, CALLER) {
         Ok((_, opened)) => w.tree.release(opened.handle).is_ok(),
         Err(_) => false,
     }

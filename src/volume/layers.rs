@@ -1,0 +1,504 @@
+//! Clones at run time: layers, the stacks of them that clones read through, and their registry.
+//!
+//! A grain is read from the topmost layer that holds it, else from the snapshot at the bottom, as far
+//! as that shows through. Layers below the top one are never written, so a reader needs no lock but
+//! for a look at the sets. A layer that the catalogue no longer has is *doomed*: its files go when the
+//! last stack that names it is gone.
+//!
+//! Locks, after those of [`crate::volume`]: a clone's gate and a range of its grains stand where a
+//! volume's do; then `catalog`, the registry, a clone's state, a volume's state.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::map::GrainSet;
+use crate::units::{Epoch, Grain};
+use crate::volume::catalog::Catalog;
+use crate::volume::clone_records::{CloneEntry, LAYER_BIT, layer_volume};
+use crate::volume::facts::SnapshotState;
+use crate::volume::overlay::{self, Home, Overlay};
+use crate::volume::range_lock::RangeLock;
+use crate::volume::read::Snapshot;
+use crate::volume::shared::{Point, Shared, Vol, lock};
+use crate::volume::snapshots::info_of;
+
+/// A layer.
+pub struct Layer {
+    pub id: u32,
+    pub overlay: Overlay,
+    /// The grains that lie in it.
+    pub set: Mutex<GrainSet>,
+}
+
+/// A layer in a stack.
+#[derive(Clone)]
+pub struct Level {
+    pub layer: Arc<Layer>,
+    /// Bytes of what lies beneath that show through.
+    pub visible: u64,
+}
+
+/// What a clone reads through, top first.
+#[derive(Default)]
+pub struct Stack {
+    pub levels: Vec<Level>,
+    /// Epoch of the snapshot at the bottom.
+    pub base: Option<u64>,
+}
+
+/// One clone at run time.
+pub struct CloneRt {
+    pub id: u32,
+    pub vol: Arc<Vol>,
+    /// Writers share it; what changes the clone's layers or its entry excludes them.
+    pub gate: RwLock<()>,
+    pub ranges: RangeLock,
+    state: Mutex<CloneState>,
+}
+
+/// The changing part of a clone.
+pub struct CloneState {
+    pub entry: CloneEntry,
+    pub stack: Arc<Stack>,
+    /// The snapshot at the bottom, while the clone is open.
+    pub base: Option<Arc<Snapshot>>,
+    /// Open handles.
+    pub handles: usize,
+    pub mtime_ns: i64,
+    pub deleted: bool,
+    /// The log did not take what was to be said of it, and might say it after a crash.
+    pub broken: Option<String>,
+}
+
+/// All clones and layers of an open store.
+pub struct Clones {
+    pub home: Arc<Home>,
+    pub by_id: BTreeMap<u32, Arc<CloneRt>>,
+    layers: BTreeMap<u32, Arc<Layer>>,
+    doomed: Vec<Arc<Layer>>,
+}
+
+/// A clone as one call sees it.
+pub struct View {
+    grain: Grain,
+    pub stack: Arc<Stack>,
+    base: Option<Arc<Snapshot>>,
+    pub size: u64,
+    pub growing: bool,
+}
+
+/// Where a run of bytes is to be read.
+enum From<'a> {
+    Overlay(&'a Overlay),
+    Base(&'a Snapshot),
+    Zero,
+}
+
+impl Clones {
+    /// No clones yet.
+    pub fn new(home: Home) -> Clones {
+        Clones {
+            home: Arc::new(home),
+            by_id: BTreeMap::new(),
+            layers: BTreeMap::new(),
+            doomed: Vec::new(),
+        }
+    }
+
+    fn layer(&mut self, id: u32, set: GrainSet, files: &[String]) -> Arc<Layer> {
+        let home = &self.home;
+        let new = || {
+            Arc::new(Layer {
+                id,
+                overlay: Overlay::new(Arc::clone(home), id, files),
+                set: Mutex::new(set),
+            })
+        };
+        Arc::clone(self.layers.entry(id).or_insert_with(new))
+    }
+
+    /// The stack over a clone's top layer; new layers are empty.
+    pub fn stack(&mut self, catalog: &Catalog, top: u32) -> Arc<Stack> {
+        let levels = catalog.chain(top).into_iter().map(|(id, entry)| Level {
+            layer: self.layer(id, GrainSet::new(), &[]),
+            visible: entry.visible,
+        });
+        let levels = levels.collect();
+        let base = catalog.bottom(top);
+        Arc::new(Stack { levels, base })
+    }
+
+    /// Takes layers that the catalogue no longer has out of use.
+    fn doom(&mut self, catalog: &Catalog) {
+        let gone: Vec<u32> = self
+            .layers
+            .keys()
+            .filter(|id| !catalog.layers.contains_key(id))
+            .copied()
+            .collect();
+        let gone = gone.iter().filter_map(|id| self.layers.remove(id));
+        self.doomed.extend(gone);
+    }
+}
+
+impl CloneRt {
+    fn new(id: u32, vol: Arc<Vol>, entry: CloneEntry, stack: Arc<Stack>) -> CloneRt {
+        let state = CloneState {
+            mtime_ns: entry.created_ns,
+            entry,
+            stack,
+            base: None,
+            handles: 0,
+            deleted: false,
+            broken: None,
+        };
+        CloneRt {
+            id,
+            vol,
+            gate: RwLock::new(()),
+            ranges: RangeLock::default(),
+            state: Mutex::new(state),
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, CloneState> {
+        lock(&self.state)
+    }
+
+    /// What there is to read.
+    ///
+    /// # Errors
+    /// `Failed` once the clone has failed.
+    pub fn view(&self) -> Result<View> {
+        let state = self.state();
+        if let SnapshotState::Failed(why) = &state.entry.state {
+            let name = &state.entry.name;
+            let why = format!("clone {}@{name} has failed: {why}", self.vol.name);
+            return Err(Error::new(Kind::Failed, why));
+        }
+        Ok(View {
+            grain: self.vol.grain,
+            stack: Arc::clone(&state.stack),
+            base: state.base.clone(),
+            size: state.entry.size,
+            growing: state.entry.growing,
+        })
+    }
+
+    /// The view of a writer.
+    ///
+    /// # Errors
+    /// `Failed`, also after a failed sync.
+    pub fn writable(&self) -> Result<View> {
+        let view = self.view()?;
+        if let Some(why) = &self.state().broken {
+            return Err(Error::new(Kind::Failed, why.clone()));
+        }
+        view.top()?.overlay.check()?;
+        Ok(view)
+    }
+
+    /// Notes that content is about to change.
+    pub fn note_change(&self, now_ns: i64) {
+        let mut state = self.state();
+        state.mtime_ns = state.mtime_ns.max(now_ns);
+    }
+}
+
+impl View {
+    /// Grain of the volume.
+    pub fn grain(&self) -> Grain {
+        self.grain
+    }
+
+    /// The layer that is written.
+    ///
+    /// # Errors
+    /// `Failed` if the catalogue does not know it.
+    pub fn top(&self) -> Result<&Arc<Layer>> {
+        let top = self.stack.levels.first().map(|level| &level.layer);
+        top.ok_or_else(|| Error::new(Kind::Failed, "the clone has no layer"))
+    }
+
+    /// Where the bytes at `at` lie, looking from a level down, and how far that holds, at most to
+    /// `limit`, which is above.
+    fn find(&self, from: usize, at: u64, limit: u64) -> Result<(From<'_>, u64)> {
+        let grain = at / self.grain.bytes();
+        let mut limit = limit;
+        for level in self.stack.levels.iter().skip(from) {
+            let grains = grain..limit.div_ceil(self.grain.bytes());
+            let set = lock(&level.layer.set);
+            if set.contains(grain) {
+                let end = set.gaps_in(grains).next().map(|gap| gap.start);
+                let end = end.map_or(limit, |g| g * self.grain.bytes());
+                return Ok((From::Overlay(&level.layer.overlay), end.min(limit)));
+            }
+            if let Some(run) = set.ranges_in(grains).next() {
+                limit = limit.min(run.start * self.grain.bytes());
+            }
+            drop(set);
+            if at >= level.visible {
+                return Ok((From::Zero, limit));
+            }
+            limit = limit.min(level.visible);
+        }
+        match (self.stack.base, &self.base) {
+            (None, _) => Ok((From::Zero, limit)),
+            (Some(_), Some(base)) => Ok((From::Base(base), limit)),
+            (Some(_), None) => Err(Error::new(
+                Kind::Failed,
+                "the snapshot below a clone is not open",
+            )),
+        }
+    }
+
+    /// Reads from a level down; the caller has checked the range.
+    ///
+    /// # Errors
+    /// `Failed`, `Damaged`, `Io`.
+    pub fn read(&self, from: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let (place, stop) = self.find(from, at, end)?;
+            let out = &mut buf[(at - offset) as usize..(stop - offset) as usize];
+            match place {
+                From::Overlay(overlay) => overlay.read(at, out)?,
+                From::Base(base) => base.read_at(at, out)?,
+                From::Zero => out.fill(0),
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// The first data (`want_data`) or hole in a range, looking from a level down.
+    ///
+    /// # Errors
+    /// As [`View::read`].
+    pub fn seek(&self, from: usize, range: Range<u64>, want_data: bool) -> Result<Option<u64>> {
+        let mut at = range.start;
+        // The bottom's answer holds until there, however many runs of other layers lie before it.
+        let mut base_next: Option<u64> = None;
+        while at < range.end {
+            let (place, stop) = self.find(from, at, range.end)?;
+            let found = match place {
+                From::Overlay(overlay) => overlay.seek(at..stop, want_data)?,
+                From::Zero => (!want_data).then_some(at),
+                From::Base(base) => {
+                    if base_next.is_none_or(|next| next < at) {
+                        base_next = Some(match want_data {
+                            true => base.next_data(at)?.unwrap_or(u64::MAX),
+                            false => base.next_hole(at)?,
+                        });
+                    }
+                    base_next.filter(|&next| next < stop)
+                }
+            };
+            if found.is_some() {
+                return Ok(found);
+            }
+            at = stop;
+        }
+        Ok(None)
+    }
+}
+
+impl Shared {
+    /// A clone that was just made durable, or is known from the log.
+    pub fn insert_clone(&self, id: u32) -> Option<Arc<CloneRt>> {
+        let catalog = lock(&self.catalog);
+        let entry = catalog.clones.get(&id)?.clone();
+        let vol = self.vol(entry.volume)?;
+        let mut clones = lock(&self.clones);
+        let stack = clones.stack(&catalog, entry.top);
+        let clone = Arc::new(CloneRt::new(id, vol, entry, stack));
+        clones.by_id.insert(id, Arc::clone(&clone));
+        Some(clone)
+    }
+
+    /// Takes over a clone's entry and layers from the catalogue, which has just changed them.
+    pub fn refresh_clone(&self, clone: &CloneRt) {
+        let catalog = lock(&self.catalog);
+        let Some(entry) = catalog.clones.get(&clone.id).cloned() else {
+            return;
+        };
+        let stack = lock(&self.clones).stack(&catalog, entry.top);
+        let mut state = clone.state();
+        state.entry = entry;
+        state.stack = stack;
+    }
+
+    /// After layers have left the catalogue: they and the snapshots that only they kept are let go.
+    pub fn release_layers(&self, vol: &Vol) {
+        let catalog = lock(&self.catalog);
+        lock(&self.clones).doom(&catalog);
+        let entry = catalog.volumes.get(&vol.id);
+        let mut state = vol.state();
+        let gone: Vec<u64> = state
+            .points
+            .iter()
+            .filter(|(epoch, point)| {
+                **point == Point::Kept && entry.is_none_or(|e| !e.kept.contains_key(epoch))
+            })
+            .map(|(&epoch, _)| epoch)
+            .collect();
+        drop(catalog);
+        for epoch in &gone {
+            match state.pins.contains_key(epoch) {
+                true => drop(state.points.insert(*epoch, Point::Deleted)),
+                false => drop(state.points.remove(epoch)),
+            }
+        }
+        vol.refresh(&self.map, &mut state);
+        drop(state);
+        if !gone.is_empty() {
+            self.mark_reclaim(vol.id);
+        }
+    }
+
+    /// Removes the files of doomed layers that nobody reads any more; returns whether there were any.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`: it is tried again.
+    pub fn remove_doomed_layers(&self) -> Result<bool> {
+        let free: Vec<Arc<Layer>> = {
+            let mut clones = lock(&self.clones);
+            let doomed = std::mem::take(&mut clones.doomed);
+            // Nobody but a stack gives away a doomed layer, so one reference stays one.
+            let (free, used) = doomed.into_iter().partition(|l| Arc::strong_count(l) == 1);
+            clones.doomed = used;
+            free
+        };
+        let worked = !free.is_empty();
+        let mut first = Ok(());
+        for layer in free {
+            let gone = layer.overlay.remove();
+            if let Err(e) = gone.and_then(|()| self.map.forget_volume(layer_volume(layer.id))) {
+                lock(&self.clones).doomed.push(layer);
+                first = first.and(Err(e));
+            }
+        }
+        first.map(|()| worked)
+    }
+
+    /// Opens the snapshot at the bottom of a clone that is being opened.
+    pub fn open_base(self: &Arc<Shared>, clone: &CloneRt) {
+        let (epoch, snap) = {
+            let catalog = lock(&self.catalog);
+            let state = clone.state();
+            let Some(epoch) = state.stack.base.filter(|_| state.base.is_none()) else {
+                return;
+            };
+            drop(state);
+            let Some(snap) = catalog.snapshot_or_kept(clone.vol.id, epoch).cloned() else {
+                return;
+            };
+            // Pinned while it is in the catalogue: a deletion looks for pins after it has left.
+            clone.vol.pin(epoch, &snap.state);
+            (epoch, snap)
+        };
+        let info = info_of(self, &clone.vol, epoch, &snap);
+        let vol = Arc::clone(&clone.vol);
+        let base = Arc::new(Snapshot::pinned(Arc::clone(self), vol, info));
+        let mut state = clone.state();
+        let unused = match state.stack.base == Some(epoch) && state.base.is_none() {
+            true => state.base.replace(base),
+            false => Some(base),
+        };
+        // Its drop takes the volume's state.
+        drop(state);
+        drop(unused);
+    }
+
+    /// Marks a clone failed; durable when it returns. The caller holds `structure` or opens the store.
+    ///
+    /// # Errors
+    /// If neither the log nor the superblock takes the mark.
+    pub fn fail_clone(&self, id: u32, why: &str) -> Result<()> {
+        self.mark_failed(LAYER_BIT | id, 0, u64::MAX, why)?;
+        let clone = lock(&self.clones).by_id.get(&id).cloned();
+        if let Some(clone) = clone {
+            let mut state = clone.state();
+            state.entry.state = SnapshotState::Failed(why.to_owned());
+            let ino = state.entry.ino;
+            drop(state);
+            if let Some(watch) = &*lock(&self.failure_watch) {
+                watch(ino);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings up the clones of a store that is being opened, and removes overlays of none.
+    ///
+    /// # Errors
+    /// `Io`, `NoSpace`.
+    pub fn recover_clones(&self, clean: bool) -> Result<()> {
+        let (layers, ids) = {
+            let catalog = lock(&self.catalog);
+            let layers: Vec<u32> = catalog.layer_ids().collect();
+            let ids: Vec<u32> = catalog.clones.keys().copied().collect();
+            (layers, ids)
+        };
+        let home = Arc::clone(&lock(&self.clones).home);
+        let dir = home.dir(false)?;
+        let mut files = match &dir {
+            Some(dir) => overlay::files(dir.as_ref())?,
+            None => BTreeMap::new(),
+        };
+        for id in layers {
+            let set = self.map.changed_between(layer_volume(id), Epoch(0), None);
+            let names = files.remove(&id).unwrap_or_default();
+            let layer = lock(&self.clones).layer(id, set, &names);
+            if !clean {
+                layer.overlay.settle();
+            }
+        }
+        if let Some(dir) = &dir {
+            let orphans: Vec<String> = files.into_values().flatten().collect();
+            overlay::remove_files(dir.as_ref(), &orphans)?;
+            if !clean {
+                // A predecessor may have made a file and not its name durable.
+                dir.sync()
+                    .context(|| "cannot sync the overlays' directory")?;
+            }
+        }
+        for id in ids {
+            if let Some(clone) = self.insert_clone(id) {
+                self.recover_clone(&clone, clean)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn recover_clone(&self, clone: &CloneRt, clean: bool) -> Result<()> {
+        let (stack, size, growing) = {
+            let state = clone.state();
+            let entry = &state.entry;
+            (Arc::clone(&state.stack), entry.size, entry.growing)
+        };
+        let mut changed = None;
+        for level in &stack.levels {
+            changed = changed.max(level.layer.overlay.ctime_ns()?);
+        }
+        if let Some(changed) = changed {
+            clone.note_change(changed);
+        }
+        if let Some(top) = stack.levels.first().filter(|_| growing && !clean) {
+            let overlay = &top.layer.overlay;
+            // Behind the end there may be what was cut off, or was about to make the clone longer.
+            if overlay.check().is_ok() {
+                overlay.zero_from(size)?;
+                // An error stays with the overlay, whose clone then says so.
+                let _ = overlay.sync();
+            }
+        }
+        for level in &stack.levels {
+            level.layer.overlay.close_files();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,551 @@
+//! Overlay files: the content of one layer of a clone, sparse, at the offsets of the volume.
+//!
+//! A layer's file is `clones/<layer>.data`; where a filesystem limits the size of a file it still
+//! works, because what lies past each [`PIECE_BYTES`] goes to `clones/<layer>.<piece>.data`. Files
+//! are made when they are first written to.
+//!
+//! Which grains count is not told here but by the layer's set; so holes and stale bytes carry no
+//! meaning, and nothing here is checked by a checksum. What a good [`Overlay::sync`] covered is on the
+//! medium, with the names of new files. After a failed one nothing is written or synced any more
+//! (I7), until the store is opened again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::disk::{Dir, Disk, Open};
+use crate::volume::shared::lock;
+
+/// Bytes of a layer in one file: half of what the tightest filesystem takes. A multiple of every grain.
+pub const PIECE_BYTES: u64 = 8 << 40;
+const DIR_NAME: &str = "clones";
+const SUFFIX: &str = ".data";
+
+/// The directory of all overlays; made when the first is.
+pub struct Home {
+    store: Arc<dyn Dir>,
+    dir: Mutex<Option<Arc<dyn Dir>>>,
+}
+
+impl Home {
+    /// The directory in a store.
+    pub fn new(store: Arc<dyn Dir>) -> Home {
+        Home {
+            store,
+            dir: Mutex::new(None),
+        }
+    }
+
+    /// The directory; `None` if there is none and none is to be made.
+    ///
+    /// # Errors
+    /// `NoSpace`, `Io`.
+    pub fn dir(&self, create: bool) -> Result<Option<Arc<dyn Dir>>> {
+        let context = || "cannot open the directory of clones";
+        let mut known = lock(&self.dir);
+        if let Some(dir) = &*known {
+            return Ok(Some(Arc::clone(dir)));
+        }
+        let dir = match self.store.subdir(DIR_NAME, create) {
+            Err(e) if !create && e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.context(context)?,
+        };
+        // A predecessor may have been killed before it made the name durable.
+        self.store.sync().context(context)?;
+        *known = Some(Arc::clone(&dir));
+        Ok(Some(dir))
+    }
+}
+
+fn file_name(layer: u32, piece: u64) -> String {
+    match piece {
+        0 => format!("{layer:06}{SUFFIX}"),
+        piece => format!("{layer:06}.{piece}{SUFFIX}"),
+    }
+}
+
+/// Layer and piece that a file's name says; `None` for a foreign file.
+fn parse(name: &str) -> Option<(u32, u64)> {
+    let stem = name.strip_suffix(SUFFIX)?;
+    let (layer, piece) = stem.split_once('.').unwrap_or((stem, "0"));
+    let found = (layer.parse().ok()?, piece.parse().ok()?);
+    (file_name(found.0, found.1) == name).then_some(found)
+}
+
+/// All overlay files by layer.
+///
+/// # Errors
+/// `Io`.
+pub fn files(dir: &dyn Dir) -> Result<BTreeMap<u32, Vec<String>>> {
+    let mut files: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    for name in dir.list().context(|| "cannot list the overlays")? {
+        match parse(&name) {
+            Some((layer, _)) => files.entry(layer).or_default().push(name),
+            None => tracing::warn!("a foreign file {name:?} among the overlays"),
+        }
+    }
+    Ok(files)
+}
+
+#[derive(Default)]
+struct Dirty {
+    pieces: BTreeSet<u64>,
+    names: bool,
+}
+
+/// See the head of the file.
+pub struct Overlay {
+    home: Arc<Home>,
+    layer: u32,
+    piece_bytes: u64,
+    /// Pieces that have a file.
+    known: Mutex<BTreeSet<u64>>,
+    files: Mutex<BTreeMap<u64, Arc<dyn Disk>>>,
+    dirty: Mutex<Dirty>,
+    /// Held during a sync; the number of the last good one.
+    synced: Mutex<u64>,
+    syncs_started: AtomicU64,
+    /// Why a sync failed, if one did. Not held over I/O.
+    failed: Mutex<Option<String>>,
+}
+
+impl Overlay {
+    /// The overlay of a layer that has these files, with pieces of [`PIECE_BYTES`].
+    pub fn new(home: Arc<Home>, layer: u32, names: &[String]) -> Overlay {
+        Overlay::with_pieces(home, layer, names, PIECE_BYTES)
+    }
+
+    fn with_pieces(home: Arc<Home>, layer: u32, names: &[String], piece_bytes: u64) -> Overlay {
+        let known = names.iter().filter_map(|name| parse(name));
+        let known = known.map(|(_, piece)| piece).collect();
+        Overlay {
+            home,
+            layer,
+            piece_bytes,
+            known: Mutex::new(known),
+            files: Mutex::default(),
+            dirty: Mutex::default(),
+            synced: Mutex::new(0),
+            syncs_started: AtomicU64::new(0),
+            failed: Mutex::default(),
+        }
+    }
+
+    fn file(&self, piece: u64, create: bool) -> Result<Option<Arc<dyn Disk>>> {
+        let name = file_name(self.layer, piece);
+        let context = || format!("cannot open the overlay {name}");
+        let mut files = lock(&self.files);
+        if let Some(disk) = files.get(&piece) {
+            return Ok(Some(Arc::clone(disk)));
+        }
+        if !create && !lock(&self.known).contains(&piece) {
+            return Ok(None);
+        }
+        let Some(dir) = self.home.dir(create)? else {
+            return Ok(None);
+        };
+        let disk = match dir.open(&name, Open::Write) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                if !create {
+                    return Ok(None);
+                }
+                let disk = dir.open(&name, Open::Create).context(context)?;
+                lock(&self.dirty).names = true;
+                disk
+            }
+            opened => opened.context(context)?,
+        };
+        lock(&self.known).insert(piece);
+        files.insert(piece, Arc::clone(&disk));
+        Ok(Some(disk))
+    }
+
+    fn written(&self, piece: u64) -> Result<Arc<dyn Disk>> {
+        self.check()?;
+        let disk = self.file(piece, true)?;
+        disk.ok_or_else(|| Error::new(Kind::Io, "an overlay cannot be made"))
+    }
+
+    /// The parts of a range in each piece: (piece, range in its file, offset in the range).
+    fn parts(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Range<u64>, usize)> {
+        let (mut at, size) = (range.start, self.piece_bytes);
+        std::iter::from_fn(move || {
+            if at >= range.end {
+                return None;
+            }
+            let (piece, from) = (at / size, at % size);
+            let len = (size - from).min(range.end - at);
+            let part = (piece, from..from + len, (at - range.start) as usize);
+            at += len;
+            Some(part)
+        })
+    }
+
+    /// Refuses once a sync has failed.
+    ///
+    /// # Errors
+    /// `Failed`.
+    pub fn check(&self) -> Result<()> {
+        match &*lock(&self.failed) {
+            None => Ok(()),
+            Some(why) => Err(self.failure(why)),
+        }
+    }
+
+    fn failure(&self, why: &str) -> Error {
+        Error::new(
+            Kind::Failed,
+            format!(
+                "a sync of overlay {} failed ({why}): writes since the last good one may be lost",
+                self.layer
+            ),
+        )
+    }
+
+    /// Reads grains that the layer holds.
+    ///
+    /// # Errors
+    /// `Damaged` if the file is missing or too short, `Io`.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        for (piece, part, at) in self.parts(offset..offset + buf.len() as u64) {
+            let out = &mut buf[at..at + (part.end - part.start) as usize];
+            let gone = |what: &str| {
+                let name = file_name(self.layer, piece);
+                Error::new(Kind::Damaged, format!("the overlay {name} {what}"))
+            };
+            let disk = self.file(piece, false)?.ok_or_else(|| gone("is missing"))?;
+            match disk.read_exact_at(part.start, out) {
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(gone("is too short"));
+                }
+                done => done.context(|| format!("cannot read overlay {}", self.layer))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes; in the page cache when it returns.
+    ///
+    /// # Errors
+    /// `Failed` after a failed sync, `NoSpace`, `Io`: a prefix may have been written.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        for (piece, part, at) in self.parts(offset..offset + data.len() as u64) {
+            let disk = self.written(piece)?;
+            let data = &data[at..at + (part.end - part.start) as usize];
+            let done = disk.write_all_at(part.start, &[data]);
+            // After the write: a sync that began before it must not clear this.
+            lock(&self.dirty).pieces.insert(piece);
+            done.context(|| format!("cannot write overlay {}", self.layer))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a range read as zero, also where the files do not reach yet.
+    ///
+    /// # Errors
+    /// As [`Overlay::write`].
+    pub fn zero(&self, range: Range<u64>) -> Result<()> {
+        let context = || format!("cannot punch overlay {}", self.layer);
+        for (piece, part, _) in self.parts(range) {
+            let disk = self.written(piece)?;
+            let size = disk.size().context(context)?;
+            let mut done = Ok(());
+            if part.start < size {
+                done = disk.punch(part.start, part.end.min(size) - part.start);
+            }
+            if part.end > size && done.is_ok() {
+                // What a layer holds always lies inside the file: a file that was cut is noticed.
+                done = disk.set_size(part.end);
+            }
+            lock(&self.dirty).pieces.insert(piece);
+            done.context(context)?;
+        }
+        Ok(())
+    }
+
+    /// Makes everything from an offset on zero, as far as there are files.
+    ///
+    /// # Errors
+    /// As [`Overlay::write`].
+    pub fn zero_from(&self, offset: u64) -> Result<()> {
+        for (piece, disk) in self.there()? {
+            let size = disk.size().context(|| "cannot stat an overlay")?;
+            let start = piece * self.piece_bytes;
+            let from = offset.max(start);
+            if from < start + size {
+                self.zero(from..start + size)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The files there are, by piece.
+    fn there(&self) -> Result<Vec<(u64, Arc<dyn Disk>)>> {
+        let pieces: Vec<u64> = lock(&self.known).iter().copied().collect();
+        let mut disks = Vec::new();
+        for piece in pieces {
+            if let Some(disk) = self.file(piece, false)? {
+                disks.push((piece, disk));
+            }
+        }
+        Ok(disks)
+    }
+
+    /// Makes everything written before durable, names too. One sync serves all who asked before it
+    /// began.
+    ///
+    /// # Errors
+    /// `Failed`, from the first failure on.
+    pub fn sync(&self) -> Result<()> {
+        let started = self.syncs_started.load(Ordering::Acquire);
+        let mut synced = lock(&self.synced);
+        self.check()?;
+        if *synced > started {
+            return Ok(());
+        }
+        let dirty = std::mem::take(&mut *lock(&self.dirty));
+        if dirty.pieces.is_empty() && !dirty.names {
+            return Ok(());
+        }
+        let number = self.syncs_started.fetch_add(1, Ordering::AcqRel) + 1;
+        match self.sync_files(&dirty) {
+            Ok(()) => {
+                *synced = number;
+                Ok(())
+            }
+            Err(e) => {
+                let why = e.chain();
+                tracing::error!(layer = self.layer, "a sync of an overlay failed: {why}");
+                let failure = self.failure(&why);
+                *lock(&self.failed) = Some(why);
+                Err(failure)
+            }
+        }
+    }
+
+    fn sync_files(&self, dirty: &Dirty) -> Result<()> {
+        let context = || "cannot sync an overlay";
+        for &piece in &dirty.pieces {
+            if let Some(disk) = self.file(piece, false)? {
+                disk.sync_data().context(context)?;
+            }
+        }
+        if dirty.names
+            && let Some(dir) = self.home.dir(false)?
+        {
+            dir.sync().context(context)?;
+        }
+        Ok(())
+    }
+
+    /// After an unclean stop: what the page cache has is made durable, and what a failed sync left
+    /// there is forgotten. A failure counts as that of a sync.
+    pub fn settle(&self) {
+        let settled = self.there().and_then(|disks| {
+            disks.iter().try_for_each(|(_, disk)| {
+                disk.sync_data()
+                    .and_then(|()| disk.drop_cache())
+                    .context(|| "cannot sync an overlay")
+            })
+        });
+        if let Err(e) = settled {
+            tracing::error!(layer = self.layer, "{}", e.chain());
+            *lock(&self.failed) = Some(e.chain());
+        }
+    }
+
+    /// Whether a sync would have anything to do.
+    pub fn is_dirty(&self) -> bool {
+        let dirty = lock(&self.dirty);
+        dirty.names || !dirty.pieces.is_empty()
+    }
+
+    /// Closes the files if nothing waits for a sync.
+    pub fn close_files(&self) {
+        let _synced = lock(&self.synced);
+        let mut files = lock(&self.files);
+        if !self.is_dirty() {
+            files.clear();
+        }
+    }
+
+    /// Last change of the files' status, ns since 1970; `None` without files.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn ctime_ns(&self) -> Result<Option<i64>> {
+        let mut newest = None;
+        for (_, disk) in self.there()? {
+            let identity = disk.identity().context(|| "cannot stat an overlay")?;
+            newest = newest.max(Some(identity.ctime_ns));
+        }
+        Ok(newest)
+    }
+
+    /// Bytes of storage in use.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn allocated(&self) -> Result<u64> {
+        let mut total = 0;
+        for (_, disk) in self.there()? {
+            total += disk.allocated().context(|| "cannot stat an overlay")?;
+        }
+        Ok(total)
+    }
+
+    /// The first data (`want_data`) or hole in a range of grains that the layer holds.
+    ///
+    /// # Errors
+    /// As [`Overlay::read`].
+    pub fn seek(&self, range: Range<u64>, want_data: bool) -> Result<Option<u64>> {
+        for (piece, part, _) in self.parts(range) {
+            let disk = self.file(piece, false)?.ok_or_else(|| {
+                let name = file_name(self.layer, piece);
+                Error::new(Kind::Damaged, format!("the overlay {name} is missing"))
+            })?;
+            let found = match want_data {
+                true => disk.next_data(part.start),
+                false => disk.next_hole(part.start).map(Some),
+            };
+            let found = found.context(|| "cannot look for holes in an overlay")?;
+            if let Some(found) = found.filter(|&at| at < part.end) {
+                return Ok(Some(piece * self.piece_bytes + found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes the files of a layer that is gone.
+    ///
+    /// # Errors
+    /// `Io`: some may still be there; call again.
+    pub fn remove(&self) -> Result<()> {
+        let Some(dir) = self.home.dir(false)? else {
+            return Ok(());
+        };
+        let pieces: Vec<u64> = lock(&self.known).iter().copied().collect();
+        for piece in pieces {
+            remove_files(dir.as_ref(), &[file_name(self.layer, piece)])?;
+            lock(&self.known).remove(&piece);
+        }
+        Ok(())
+    }
+}
+
+/// Removes overlay files, durably.
+///
+/// # Errors
+/// `Io`.
+pub fn remove_files(dir: &dyn Dir, names: &[String]) -> Result<()> {
+    for name in names {
+        match dir.remove(name) {
+            // By a call before, whose sync then failed.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            done => done.context(|| format!("cannot remove the overlay {name}"))?,
+        }
+    }
+    if names.is_empty() {
+        return Ok(());
+    }
+    dir.sync().context(|| "cannot sync the overlays' directory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::sim::{Op, SimWorld};
+
+    const PIECE: u64 = 64 << 10;
+
+    fn overlay(world: &SimWorld) -> Overlay {
+        let home = Arc::new(Home::new(world.dir("store")));
+        let dir = home.dir(true).unwrap().unwrap();
+        let names = files(dir.as_ref()).unwrap().remove(&7).unwrap_or_default();
+        Overlay::with_pieces(home, 7, &names, PIECE)
+    }
+
+    #[test]
+    fn content_goes_over_the_end_of_a_file_into_the_next() {
+        let world = SimWorld::new(1);
+        let o = overlay(&world);
+        let data: Vec<u8> = (0..16384u32).map(|i| (i % 251) as u8).collect();
+        o.write(3 * PIECE - 8192, &data).unwrap();
+        o.sync().unwrap();
+        world.power_cut();
+        let o = overlay(&world);
+        let mut back = vec![0; data.len()];
+        o.read(3 * PIECE - 8192, &mut back).unwrap();
+        assert!(back == data);
+        assert_eq!(
+            world.peek("store/clones/000007.2.data").unwrap().len(),
+            1 << 16
+        );
+        assert_eq!(
+            world.peek("store/clones/000007.3.data").unwrap().len(),
+            8192
+        );
+        assert_eq!(
+            o.seek(3 * PIECE - 8192..3 * PIECE + 8192, false).unwrap(),
+            None
+        );
+        o.zero(3 * PIECE - 4096..3 * PIECE + 4096).unwrap();
+        let found = o.seek(3 * PIECE - 8192..3 * PIECE + 8192, false).unwrap();
+        assert_eq!(found, Some(3 * PIECE - 4096));
+        let found = o.seek(3 * PIECE - 4096..3 * PIECE + 8192, true).unwrap();
+        assert_eq!(found, Some(3 * PIECE + 4096));
+        o.zero_from(2 * PIECE).unwrap();
+        assert_eq!(
+            o.seek(3 * PIECE - 8192..3 * PIECE + 8192, true).unwrap(),
+            None
+        );
+        o.remove().unwrap();
+        assert!(
+            files(world.dir("store/clones").as_ref())
+                .unwrap()
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn what_is_missing_is_an_error_and_never_zeros() {
+        let world = SimWorld::new(1);
+        let o = overlay(&world);
+        let read = |o: &Overlay, at| o.read(at, &mut [0; 4096]).map_err(|e| e.kind());
+        assert_eq!(read(&o, 0), Err(Kind::Damaged));
+        o.zero(0..8192).unwrap();
+        assert_eq!(read(&o, 4096), Ok(()));
+        assert_eq!(read(&o, 8192), Err(Kind::Damaged));
+    }
+
+    #[test]
+    fn after_a_failed_sync_nothing_is_synced_or_written() {
+        let world = SimWorld::new(1);
+        let o = overlay(&world);
+        o.write(0, &[1; 4096]).unwrap();
+        world.fail_nth(Op::Sync, 1, 5);
+        assert_eq!(o.sync().unwrap_err().kind(), Kind::Failed);
+        assert_eq!(o.sync().unwrap_err().kind(), Kind::Failed);
+        assert_eq!(o.write(0, &[1; 4096]).unwrap_err().kind(), Kind::Failed);
+        assert_eq!(o.zero(0..1).unwrap_err().kind(), Kind::Failed);
+    }
+
+    #[test]
+    fn names_are_told_from_foreign_ones() {
+        assert_eq!(parse("000012.data"), Some((12, 0)));
+        assert_eq!(parse("000012.3.data"), Some((12, 3)));
+        assert_eq!(parse(&file_name(12_345_678, 0)), Some((12_345_678, 0)));
+        for name in [
+            "12.data",
+            "000012.0.data",
+            "000012.data~",
+            "+00012.data",
+            "x.data",
+        ] {
+            assert_eq!(parse(name), None, "{name}");
+        }
+    }
+}
