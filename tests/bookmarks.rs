@@ -109,6 +109,7 @@ fn settings() -> Settings {
         map_cache_bytes: 64 << 10,
         segment_bytes: MIB,
         checkpoint_bytes: 512 << 10,
+        ..Settings::default()
     }
 }
 

@@ -1380,6 +1380,8 @@ fn a_mount_nobody_waits_for_ends() {
         volumes: vec![("vm".into(), b.at("disk.img").to_str().unwrap().into())],
         choices: stillframe::daemon::protocol::Choices::default(),
         allow_other: false,
+        limit: None,
+        segment_size: None,
         log: Log::File(b.at("log")),
     };
     let mut deaf = Deaf(false);

@@ -53,6 +53,7 @@ fn open(dir: &Path) -> Arc<Engine> {
         segment_bytes: 8 << 20,
         checkpoint_bytes: 4 << 20,
         ballast_bytes: 1 << 20,
+        ..Settings::default()
     };
     if new {
         Engine::create(&env, &settings).unwrap();

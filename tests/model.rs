@@ -167,6 +167,7 @@ fn settings() -> Settings {
         map_cache_bytes: 256 << 10,
         segment_bytes: 2 * MIB,
         checkpoint_bytes: MIB,
+        ..Settings::default()
     }
 }
 

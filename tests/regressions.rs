@@ -34,6 +34,7 @@ fn settings() -> Settings {
         map_cache_bytes: 4 << 10,
         segment_bytes: MIB,
         checkpoint_bytes: 64 * MIB,
+        ..Settings::default()
     }
 }
 fn n(s: &str) -> Name {

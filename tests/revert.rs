@@ -118,6 +118,7 @@ fn settings() -> Settings {
         map_cache_bytes: 64 << 10,
         segment_bytes: MIB,
         checkpoint_bytes: MIB / 2,
+        ..Settings::default()
     }
 }
 

@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::daemon::protocol::{Choices, NewSize};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::image::diff::LIVE;
+use crate::log::segment::{SEGMENT_MAX, SEGMENT_MIN};
 use crate::units::{Grain, Name, escape};
 use crate::volume::OnFull;
 
@@ -246,6 +247,17 @@ pub fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "the size is too large".into())
 }
 
+/// Reads the size of a log segment.
+///
+/// # Errors
+/// One line for the argument parser.
+pub fn segment(text: &str) -> Result<u64, String> {
+    size(text).and_then(|bytes| match (SEGMENT_MIN..=SEGMENT_MAX).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err("a segment has 1M to 1G".into()),
+    })
+}
+
 /// Reads a new size: a size, or `+` and a size for so much more.
 ///
 /// # Errors
@@ -315,6 +327,8 @@ mod tests {
         ] {
             assert!(size(bad).is_err(), "{bad}");
         }
+        assert_eq!(segment("2M"), Ok(2 << 20));
+        assert!(segment("5K").is_err() && segment("2G").is_err());
         assert_eq!(grain("64K"), Ok(65536));
         assert!(grain("2K").is_err() && grain("5000").is_err() && grain("2M").is_err());
     }

@@ -30,6 +30,14 @@ pub struct MountArgs {
     /// Log to this file instead of the journal
     #[arg(long, value_name = "FILE")]
     pub log: Option<PathBuf>,
+    /// Most bytes that the log and the clones may use while this daemon runs; beyond it the store
+    /// counts as full
+    #[arg(long, value_name = "SIZE", value_parser = args::size)]
+    pub limit: Option<u64>,
+    /// Size at which a segment of the log is closed, 1M to 1G; only when the store is made
+    /// [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = args::segment)]
+    pub segment_size: Option<u64>,
     /// Choices for new volumes.
     #[command(flatten)]
     pub choices: NewVolumeArgs,
@@ -51,6 +59,8 @@ pub fn run(args: &MountArgs, store: &Path) -> Result<()> {
         volumes,
         choices: args.choices.choices(),
         allow_other: args.allow_other,
+        limit: args.limit,
+        segment_size: args.segment_size,
         log: match log {
             Some(path) => Log::File(path),
             None if args.foreground => Log::Stderr,
@@ -94,6 +104,12 @@ fn command_line(config: &Config) -> Vec<OsString> {
     if config.allow_other {
         line.push("--allow-other".into());
     }
+    if let Some(bytes) = config.limit {
+        line.push(format!("--limit={bytes}").into());
+    }
+    if let Some(bytes) = config.segment_size {
+        line.push(format!("--segment-size={bytes}").into());
+    }
     let choices = config.choices;
     if let Some(bytes) = choices.grain {
         line.push(format!("--grain={bytes}").into());
@@ -135,6 +151,8 @@ pub fn scratch(store: &Path, mountpoint: &Path, name: &str, source: &Path) -> Re
         volumes: vec![(name.to_owned(), source.to_owned())],
         choices: Choices::default(),
         allow_other: false,
+        limit: None,
+        segment_size: None,
         log: Log::File(store.with_file_name("daemon.log")),
     };
     let line = command_line(&config);
@@ -167,6 +185,9 @@ mod tests {
             "fail-snapshot",
             "--on-full-wait",
             "7",
+            "--limit=3G",
+            "--segment-size",
+            "4M",
         ];
         let parse = |line: &[OsString]| {
             let cli = super::super::Cli::try_parse_from(line).unwrap();
@@ -183,6 +204,8 @@ mod tests {
             volumes: vec![("a".into(), "/b=c".into()), ("d".into(), "/--e".into())],
             choices: args.choices.choices(),
             allow_other: true,
+            limit: args.limit,
+            segment_size: args.segment_size,
             log: Log::File("/l".into()),
         };
         let mut line = command_line(&config);
@@ -192,6 +215,10 @@ mod tests {
         assert_eq!(told.mountpoint, config.mountpoint);
         assert_eq!(told.log, Some("/l".into()));
         assert!(told.allow_other && !told.foreground);
+        assert_eq!(
+            (told.limit, told.segment_size),
+            (Some(3 << 30), Some(4 << 20))
+        );
         assert_eq!(told.choices.choices(), config.choices);
         let volumes: Vec<_> = told
             .volume

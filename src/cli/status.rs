@@ -5,7 +5,9 @@ use std::path::Path;
 use clap::Args;
 
 use super::{bookmark, clone, out, snapshot, volume, work};
-use crate::daemon::protocol::{Answer, BookmarkRow, CloneRow, Report, Request, SnapshotRow};
+use crate::daemon::protocol::{
+    Answer, BookmarkRow, CloneRow, Report, Request, SnapshotRow, ThinRow,
+};
 use crate::error::Result;
 
 /// Arguments.
@@ -43,6 +45,9 @@ fn text(report: &Report) -> String {
         report.version,
         report.log_bytes.map_or("?".to_owned(), out::size)
     )];
+    if let Some(thin) = &report.thin {
+        parts[0].push_str(&thin_lines(thin));
+    }
     if !report.volumes.is_empty() {
         parts.push(volume::listing(&report.volumes));
     }
@@ -89,4 +94,87 @@ fn text(report: &Report) -> String {
         parts.push(reasons.join("\n"));
     }
     parts.join("\n\n")
+}
+
+/// What is left, and how long that lasts.
+fn thin_lines(thin: &ThinRow) -> String {
+    let free = match thin.limit {
+        Some(limit) => format!(
+            "{}, limit {} (in use {})",
+            out::size(thin.free),
+            out::size(limit),
+            out::size(thin.used)
+        ),
+        None => out::size(thin.free),
+    };
+    let Some(growth) = thin.growth_per_hour else {
+        return format!("\nfree     {free}");
+    };
+    let sign = if growth < 0 { "-" } else { "" };
+    let mut line = format!(
+        "\nfree     {free}\ngrowth   {sign}{} an hour, measured over {}",
+        out::size(growth.unsigned_abs()),
+        span(thin.measured_seconds)
+    );
+    if let Some(left) = thin.full_in_seconds {
+        line.push_str(&format!("; full in {}", span(left)));
+    }
+    line
+}
+
+/// A time, as coarse as it is uncertain.
+fn span(seconds: u64) -> String {
+    const MINUTE: u64 = 60;
+    const HOUR: u64 = 60 * MINUTE;
+    const DAY: u64 = 24 * HOUR;
+    match seconds {
+        0..MINUTE => format!("{seconds} s"),
+        MINUTE..HOUR => format!("{} min", seconds / MINUTE),
+        HOUR..DAY => format!("{} h {} min", seconds / HOUR, seconds % HOUR / MINUTE),
+        _ if seconds < 1000 * DAY => {
+            format!("{} d {} h", seconds / DAY, seconds % DAY / HOUR)
+        }
+        _ => "more than 1000 d".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_forecast_reads_well() {
+        let mut thin = ThinRow {
+            used: 3 << 20,
+            limit: None,
+            free: 1 << 30,
+            growth_per_hour: None,
+            measured_seconds: 0,
+            full_in_seconds: None,
+        };
+        assert_eq!(
+            thin_lines(&thin),
+            format!("\nfree     {}", out::size(1 << 30))
+        );
+        thin.growth_per_hour = Some(1 << 20);
+        thin.measured_seconds = 1500;
+        thin.full_in_seconds = Some(1024 * 3600);
+        let text = thin_lines(&thin);
+        assert!(
+            text.ends_with("an hour, measured over 25 min; full in 42 d 16 h"),
+            "{text}"
+        );
+        thin.growth_per_hour = Some(-(1 << 20));
+        thin.full_in_seconds = None;
+        thin.limit = Some(4 << 20);
+        let text = thin_lines(&thin);
+        assert!(
+            text.contains("growth   -1") && !text.contains("full in"),
+            "{text}"
+        );
+        assert!(text.contains("limit 4"), "{text}");
+        assert_eq!(span(59), "59 s");
+        assert_eq!(span(3 * 3600 + 61), "3 h 1 min");
+        assert_eq!(span(u64::MAX), "more than 1000 d");
+    }
 }

@@ -281,8 +281,27 @@ pub struct Report {
     pub mountpoint: Option<String>,
     /// Bytes of the log on disk; absent when they cannot be counted.
     pub log_bytes: Option<u64>,
+    /// The thin target as a whole; absent when it cannot be counted.
+    pub thin: Option<ThinRow>,
     /// The volumes, by name.
     pub volumes: Vec<VolumeRow>,
+}
+
+/// The thin target: the log and the clones.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ThinRow {
+    /// Bytes in use.
+    pub used: u64,
+    /// Bytes that it may use at most, where a limit was set.
+    pub limit: Option<u64>,
+    /// Bytes that it may still grow by.
+    pub free: u64,
+    /// Bytes by which it grows in an hour; negative if it shrinks, absent until a minute was seen.
+    pub growth_per_hour: Option<i64>,
+    /// Seconds over which that was measured.
+    pub measured_seconds: u64,
+    /// Seconds until it is full if it goes on like that; absent if it does not grow.
+    pub full_in_seconds: Option<u64>,
 }
 
 /// A volume.

@@ -33,12 +33,14 @@ use crate::sys::mount;
 use crate::sys::process;
 use crate::tree::{NodeId, StatusFile, StatusSource, Tree};
 use crate::units::{Name, escape};
-use crate::volume::{Engine, VolumeOptions};
+use crate::volume::{Engine, Settings, VolumeOptions};
 
 /// How long the session may take to end after its connection was cut.
 const ABORT: Duration = Duration::from_secs(2);
 /// How long a lazy unmount waits for the mount to become unused before it answers.
 const LAZY: Duration = Duration::from_secs(1);
+/// How often the control socket is tried again where the disk had no room for it.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How long a start waits for a store that another command has locked for a moment.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
@@ -55,6 +57,10 @@ pub struct Config {
     pub choices: Choices,
     /// Let other users in.
     pub allow_other: bool,
+    /// Most bytes that the log and the clones may use.
+    pub limit: Option<u64>,
+    /// Bytes of a log segment, if the store is made now.
+    pub segment_size: Option<u64>,
     /// Where to log.
     pub log: Log,
 }
@@ -106,7 +112,10 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
         mountpoint: Some(mountpoint),
     };
     let fresh = held.fresh();
-    let store = held.open()?;
+    if let (false, Some(_)) = (fresh, config.segment_size) {
+        announce.note("the store exists: its segments keep their size");
+    }
+    let store = held.open_with(settings(config))?;
     if fresh {
         announce.note(&format!("made a new store at {}", shown(&place.store)));
     }
@@ -129,6 +138,15 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
         tracing::warn!("a control client did not take its answer");
     }
     outcome
+}
+
+fn settings(config: &Config) -> Settings {
+    let usual = Settings::default();
+    Settings {
+        segment_bytes: config.segment_size.unwrap_or(usual.segment_bytes),
+        limit_bytes: config.limit,
+        ..usual
+    }
 }
 
 fn named_volumes(config: &Config) -> Result<Vec<(Name, &str)>> {
@@ -235,10 +253,20 @@ fn serve(
         })
         .context(|| "cannot start a thread")?;
     let maintenance = maintenance::start(store.engine().clone())?;
-    *control = Some(control::start(
-        store.dir(),
-        handler(store, place, tree, &mounted, ending),
-    )?);
+    let mut listen = || -> Result<()> {
+        if control.is_none() {
+            let handler = handler(store, place, tree.clone(), &mounted, ending);
+            *control = Some(control::start(store.dir(), handler)?);
+        }
+        Ok(())
+    };
+    match listen() {
+        // Snapshots are served, taken and deleted without it; it comes when there is space.
+        Err(e) if e.kind() == Kind::NoSpace => {
+            tracing::error!("no control socket yet: {}", e.chain());
+        }
+        done => done?,
+    }
     let at = shown(mounted.mountpoint());
     tracing::info!("serving store {} at {at}", shown(&place.store));
     notify(&format!(
@@ -249,7 +277,7 @@ fn serve(
         tracing::warn!("nobody waits for this mount any more; stopping");
         let _ = tell.send(Event::Signal);
     }
-    let drained = event_loop(&events, &mounted, store.engine());
+    let drained = event_loop(&events, &mounted, store.engine(), &mut listen);
     notify("STOPPING=1\nSTATUS=Closing the store");
     maintenance.stop();
     mounted.gone();
@@ -292,8 +320,14 @@ fn forget_stale(engine: &Engine, tree: &Tree, session: Arc<SessionHandle>) -> Re
 }
 
 /// Takes events until the session has ended, or cannot be ended; returns whether it has.
-fn event_loop(events: &Receiver<Event>, mounted: &Mounted, engine: &Engine) -> bool {
+fn event_loop(
+    events: &Receiver<Event>,
+    mounted: &Mounted,
+    engine: &Engine,
+    listen: &mut dyn FnMut() -> Result<()>,
+) -> bool {
     let watchdog = watchdog_interval();
+    let mut listens = false;
     let mut cut_off: Option<Instant> = None;
     let mut aborted = false;
     let mut next_beat = Instant::now();
@@ -307,8 +341,10 @@ fn event_loop(events: &Receiver<Event>, mounted: &Mounted, engine: &Engine) -> b
             notify("WATCHDOG=1");
             next_beat = now + interval;
         }
+        listens = listens || listen().is_ok();
         let beat = watchdog.map(|_| next_beat);
-        let wake = [beat, cut_off].into_iter().flatten().min();
+        let again = (!listens).then(|| now + LISTEN_AGAIN);
+        let wake = [beat, cut_off, again].into_iter().flatten().min();
         let pause = wake.map_or(Duration::from_secs(3600), |at| {
             at.saturating_duration_since(now)
         });

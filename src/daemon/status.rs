@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::daemon::protocol::{BookmarkRow, CloneRow, Report, SnapshotRow, VolumeRow};
+use crate::daemon::protocol::{BookmarkRow, CloneRow, Report, SnapshotRow, ThinRow, VolumeRow};
 use crate::daemon::timestamp;
 use crate::error::{Kind, Result};
 use crate::units::escape;
@@ -34,6 +34,14 @@ pub fn report(engine: &Engine, place: &Place) -> Report {
         uuid: engine.uuid().to_string(),
         mountpoint: place.mountpoint.as_deref().map(shown),
         log_bytes: engine.log_bytes().ok(),
+        thin: engine.thin().ok().map(|thin| ThinRow {
+            used: thin.used,
+            limit: thin.limit,
+            free: thin.free,
+            growth_per_hour: thin.growth,
+            measured_seconds: thin.measured_s,
+            full_in_seconds: thin.full_in_s,
+        }),
         volumes: engine
             .volumes()
             .iter()
@@ -209,6 +217,7 @@ pub fn metrics(report: &Report) -> String {
             .iter()
             .map(|&bytes| (String::new(), bytes as f64)),
     );
+    thin_metrics(report, &mut gauge);
     gauge(
         "volume_size_bytes",
         "Size of the volume.",
@@ -259,6 +268,43 @@ pub fn metrics(report: &Report) -> String {
 }
 
 type Gauge<'a> = dyn FnMut(&str, &str, &mut dyn Iterator<Item = (String, f64)>) + 'a;
+
+/// What is not known has no sample: an alarm on its absence is better than a made-up number.
+fn thin_metrics(report: &Report, gauge: &mut Gauge<'_>) {
+    let thin = report.thin.as_ref();
+    let mut one = |name: &str, help: &str, value: Option<f64>| {
+        gauge(
+            name,
+            help,
+            &mut value.into_iter().map(|v| (String::new(), v)),
+        );
+    };
+    one(
+        "thin_used_bytes",
+        "Bytes of the thin target in use.",
+        thin.map(|t| t.used as f64),
+    );
+    one(
+        "thin_free_bytes",
+        "Bytes by which the thin target may still grow.",
+        thin.map(|t| t.free as f64),
+    );
+    one(
+        "thin_limit_bytes",
+        "Bytes that the thin target may use at most, where a limit was set.",
+        thin.and_then(|t| t.limit).map(|v| v as f64),
+    );
+    one(
+        "thin_growth_bytes_per_hour",
+        "Growth of the thin target, measured over the last hour at most.",
+        thin.and_then(|t| t.growth_per_hour).map(|v| v as f64),
+    );
+    one(
+        "thin_full_seconds",
+        "Time until the thin target is full if it goes on growing like that.",
+        thin.and_then(|t| t.full_in_seconds).map(|v| v as f64),
+    );
+}
 
 fn snapshot_metrics(report: &Report, gauge: &mut Gauge<'_>) {
     let snapshots = || report.volumes.iter().flat_map(|v| &v.snapshots);
@@ -356,6 +402,14 @@ mod tests {
             uuid: "u".into(),
             mountpoint: Some("/m".into()),
             log_bytes: Some(9),
+            thin: Some(ThinRow {
+                used: 9,
+                limit: None,
+                free: 1 << 40,
+                growth_per_hour: Some(7200),
+                measured_seconds: 60,
+                full_in_seconds: Some(77),
+            }),
             volumes: vec![volume],
         }
     }
@@ -379,7 +433,9 @@ mod tests {
                 samples += 1;
             }
         }
-        assert_eq!(samples, 18);
+        assert_eq!(samples, 22);
+        assert!(!text.contains("\nstillframe_thin_limit_bytes "));
+        assert!(text.contains("stillframe_thin_full_seconds 77\n"));
         assert!(text.contains("stillframe_log_bytes 9\n"));
         assert!(text.contains("stillframe_volume_size_bytes{volume=\"vm\"} 1099511627776\n"));
         assert!(text.contains("stillframe_volume_snapshots_failed{volume=\"vm\"} 1\n"));
@@ -395,8 +451,18 @@ mod tests {
     #[test]
     fn the_report_has_the_documented_fields() {
         let json = serde_json::to_value(sample()).unwrap();
-        for field in ["version", "pid", "store", "mountpoint", "volumes"] {
+        for field in ["version", "pid", "store", "mountpoint", "thin", "volumes"] {
             assert!(json.get(field).is_some(), "{field}");
+        }
+        for field in [
+            "used",
+            "limit",
+            "free",
+            "growth_per_hour",
+            "measured_seconds",
+            "full_in_seconds",
+        ] {
+            assert!(json["thin"].get(field).is_some(), "{field}");
         }
         let volume = &json["volumes"][0];
         for field in [

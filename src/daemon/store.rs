@@ -226,9 +226,18 @@ impl Held {
     /// # Errors
     /// `Damaged` for damage and for a newer format; `NoSpace`, `Permission`, `Io`.
     pub fn open(self) -> Result<Store> {
-        let settings = Settings::default();
+        self.open_with(Settings::default())
+    }
+
+    /// As [`Held::open`], with other settings than the usual ones.
+    ///
+    /// # Errors
+    /// As [`Held::open`]; `Invalid` for a setting that no store can have.
+    pub fn open_with(self, settings: Settings) -> Result<Store> {
         let environment = self.environment();
         if self.fresh {
+            // Before anything is made in it.
+            self.dir.overwrite_in_place();
             Engine::create(&environment, &settings)?;
         }
         let engine = Engine::open(environment, settings).map_err(|e| match e.kind() {

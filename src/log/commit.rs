@@ -15,6 +15,7 @@
 //! Locks: `queue` (never held over I/O or the sink), then `writer` (held by the leader alone).
 
 use std::collections::{HashMap, VecDeque};
+use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
@@ -37,6 +38,8 @@ const PREWRITE_STEP: u64 = 4 << 20;
 /// Bytes written ahead that preserved content must leave free: what deletions, marks of failure and
 /// new snapshots need when the disk is full.
 pub const RESERVE: u64 = 256 << 10;
+/// A file of zeros that becomes the next segment when there is no space to make one.
+const SPARE: &str = "spare";
 /// Segment files kept open for reading.
 const OPEN_SEGMENTS_MAX: usize = 256;
 
@@ -79,6 +82,15 @@ pub trait Sink: Send + Sync {
 
     /// The catalogue as of everything published so far, for the head of a new segment.
     fn catalog(&self) -> Vec<u8>;
+
+    /// Whether preserved content may take so many bytes more than the segments have now. Called by
+    /// one thread at a time; must not append.
+    ///
+    /// # Errors
+    /// The system's error.
+    fn may_grow(&self, _bytes: u64) -> Result<bool> {
+        Ok(true)
+    }
 }
 
 /// What a log needs to know of its store.
@@ -162,6 +174,8 @@ struct Writer {
     /// Only the CATALOG is in the segment: whatever comes next goes in, however large.
     fresh: bool,
     keep_free: u64,
+    /// The spare is there, as far as is known.
+    spare: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -181,6 +195,7 @@ impl Log {
             must_roll: true,
             fresh: false,
             keep_free: 0,
+            spare: false,
         };
         Log {
             config,
@@ -191,6 +206,44 @@ impl Log {
             readers: RwLock::default(),
             keep_free: AtomicU64::new(0),
         }
+    }
+
+    /// Makes the spare if there is none: where a filesystem is full, or gives freed space back only
+    /// later, it is what the next segment is made of. For a catalogue that may grow by half.
+    ///
+    /// # Errors
+    /// The system's error; `NoSpace` leaves nothing behind.
+    pub fn make_spare(&self, sink: &dyn Sink) -> Result<()> {
+        // A roll may not take it half made.
+        let mut writer = lock(&self.writer);
+        if writer.spare {
+            return Ok(());
+        }
+        let context = || "cannot make the spare segment";
+        let dir = &self.config.dir;
+        let catalog = sink.catalog().len() as u64 * 3 / 2;
+        let len = (BATCHES_AT + catalog + 2 * RESERVE).next_multiple_of(BLOCK);
+        match dir.open(SPARE, Open::Read) {
+            Ok(there) if there.size().context(context)? >= len => {
+                writer.spare = true;
+                return Ok(());
+            }
+            // Cut short in the making, or too small by now.
+            Ok(_) => dir.remove(SPARE).context(context)?,
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(e).context(context),
+        }
+        let made = dir.open(SPARE, Open::Create).and_then(|file| {
+            file.write_all_at(0, &[&vec![0; len as usize]])?;
+            file.sync_data()?;
+            dir.sync()
+        });
+        if made.is_err() {
+            let _ = dir.remove(SPARE);
+        }
+        made.context(context)?;
+        writer.spare = true;
+        Ok(())
     }
 
     /// Has preserved content leave so many bytes of the filesystem free, from the next time on that
@@ -308,6 +361,12 @@ impl Log {
     pub fn end(&self) -> (Lsn, u32, u64) {
         let writer = lock(&self.writer);
         (Lsn(writer.tail.lsn), writer.tail.segment, writer.tail.end)
+    }
+
+    /// Bytes of the current segment that are written ahead, to be used by the next batches.
+    pub fn written_ahead(&self) -> u64 {
+        let writer = lock(&self.writer);
+        writer.prewritten.saturating_sub(writer.tail.end)
     }
 
     /// Reads payload.
@@ -547,22 +606,28 @@ impl Writer {
         };
         let name = segment::file_name(number);
         let context = || format!("cannot create segment {number} of the thin target");
-        let file = config.dir.open(&name, Open::Create).context(context)?;
-        self.number_max = number;
         let sector = head.encode(&config.keys);
-        let started = HEAD_AT
-            .iter()
-            .try_for_each(|&at| file.write_all_at(at, &[&sector]))
-            .and_then(|()| file.set_size(BATCHES_AT))
-            .and_then(|()| file.sync_data())
-            .and_then(|()| config.dir.sync());
-        if let Err(e) = started {
-            // What is left of it is removed at the next open. Its head may come back with a power cut
-            // and says where this segment ends: nothing more may go into it.
-            let _ = config.dir.remove(&name);
-            self.must_roll = true;
-            return Err(Error::io(context(), e));
-        }
+        let begun = match begin(config, &name, &sector, false) {
+            Err((e, begun)) if e.kind() == ErrorKind::StorageFull => {
+                self.spare = false;
+                begin(config, &name, &sector, true).map_err(|(_, again)| (e, begun || again))
+            }
+            begun => begun,
+        };
+        let file = match begun {
+            Ok(file) => file,
+            Err((e, begun)) => {
+                if begun {
+                    // Its head may come back with a power cut and says where this segment ends:
+                    // nothing more may go into it, and its number is spent.
+                    self.number_max = number;
+                    self.must_roll = true;
+                }
+                return Err(Error::io(context(), e));
+            }
+        };
+        self.number_max = number;
+        let ready = file.size().context(context)?;
         let closed = self.file.replace(file);
         let closed_tail = self.tail;
         self.tail = Tail {
@@ -571,7 +636,7 @@ impl Writer {
             end: BATCHES_AT,
             ..closed_tail
         };
-        self.prewritten = BATCHES_AT;
+        self.prewritten = ready;
         let catalog = sink.catalog();
         let body = config.keys.payload_sums(&catalog, BLOCK as usize);
         let record = Record::plain(RecordType::Catalog, 0, 0, body);
@@ -589,11 +654,29 @@ impl Writer {
         }
         self.must_roll = false;
         self.fresh = true;
+        self.secure_reserve(config);
         if let Some(closed) = closed {
             // Space written ahead and not used; if this fails, recovery does it.
             let _ = closed.set_size(closed_tail.end);
         }
         Ok(())
+    }
+
+    /// Writes the reserve ahead in a new segment if nothing was: on a disk that is nearly full, what
+    /// the closed segment gave back goes to whoever comes first. As far as there is space; the next
+    /// batch's sync covers it.
+    fn secure_reserve(&mut self, config: &LogConfig) {
+        const PIECE: usize = 16 << 10;
+        let Some(file) = &self.file else { return };
+        let until = (self.tail.end + RESERVE).min(config.segment_bytes);
+        while self.prewritten < until {
+            let len = (until - self.prewritten).min(PIECE as u64);
+            let zeros = &[0; PIECE][..len as usize];
+            if file.write_all_at(self.prewritten, &[zeros]).is_err() {
+                break;
+            }
+            self.prewritten += len;
+        }
     }
 
     /// Writes one batch at the tail and makes it durable.
@@ -632,7 +715,7 @@ impl Writer {
         self.lsn_next += 1;
         let (commit, checksum) = batch.encode(&config.keys);
         let end = self.tail.end + block * BLOCK;
-        self.put(config, &file, &commit, entries, end)?;
+        self.put(config, sink, &file, &commit, entries, end)?;
 
         self.tail.end = end;
         self.tail.lsn = batch.lsn;
@@ -654,13 +737,14 @@ impl Writer {
     fn put(
         &mut self,
         config: &LogConfig,
+        sink: &dyn Sink,
         file: &Arc<dyn Disk>,
         commit: &[u8],
         entries: &[Entry],
         end: u64,
     ) -> Result<()> {
         const ZEROS: &[u8] = &[0; BLOCK as usize];
-        self.write_ahead(config, file, end, is_bulk(entries))?;
+        self.write_ahead(config, sink, file, end, is_bulk(entries))?;
         let mut parts: Vec<&[u8]> = vec![commit];
         for entry in entries {
             parts.push(&entry.payload);
@@ -684,6 +768,7 @@ impl Writer {
     fn write_ahead(
         &mut self,
         config: &LogConfig,
+        sink: &dyn Sink,
         file: &Arc<dyn Disk>,
         end: u64,
         bulk: bool,
@@ -712,17 +797,23 @@ impl Writer {
                 return Err(Error::new(Kind::NoSpace, why));
             }
         }
-        // Without its ballast the disk is full or nearly so: nothing is taken that is not needed.
-        let scarce = self.keep_free > 0;
-        if ahead == 0 || scarce && !bulk {
-            self.prewritten = self.prewritten.max(end);
-            return Ok(());
-        }
         let from = self.prewritten.max(end);
         let step = (needed + 1)
             .next_multiple_of(PREWRITE_STEP)
             .min(segment_bytes)
             .max(needed);
+        // A limit that cannot be looked up does not keep anybody from deleting.
+        let limited = ahead > 0 && !sink.may_grow(step - self.prewritten).unwrap_or(false);
+        if bulk && limited && !sink.may_grow(ahead)? {
+            let why = "the thin target is at its limit";
+            return Err(Error::new(Kind::NoSpace, why));
+        }
+        // Without its ballast the disk is full or nearly so: nothing is taken that is not needed.
+        let scarce = self.keep_free > 0 || limited;
+        if ahead == 0 || scarce && !bulk {
+            self.prewritten = self.prewritten.max(end);
+            return Ok(());
+        }
         for until in if scarce { [needed; 2] } else { [step, needed] } {
             let zeros = vec![0; (until - from) as usize];
             match file.write_all_at(from, &[&zeros]) {
@@ -738,6 +829,41 @@ impl Writer {
         }
         self.prewritten = self.prewritten.max(end);
         Ok(())
+    }
+}
+
+/// Makes a segment's file with its head, durably; of the spare, or anew. An error says whether a head
+/// may have been written.
+fn begin(
+    config: &LogConfig,
+    name: &str,
+    sector: &[u8],
+    of_spare: bool,
+) -> std::result::Result<Arc<dyn Disk>, (io::Error, bool)> {
+    let dir = &config.dir;
+    let file = match of_spare {
+        true => dir
+            .rename(SPARE, name)
+            .and_then(|()| dir.open(name, Open::Write)),
+        false => dir.open(name, Open::Create),
+    };
+    let file = file.map_err(|e| (e, false))?;
+    let started = HEAD_AT
+        .iter()
+        .try_for_each(|&at| file.write_all_at(at, &[sector]))
+        .and_then(|()| match of_spare {
+            true => Ok(()),
+            false => file.set_size(BATCHES_AT),
+        })
+        .and_then(|()| file.sync_data())
+        .and_then(|()| dir.sync());
+    match started {
+        Ok(()) => Ok(file),
+        Err(e) => {
+            // What is left of it is removed at the next open.
+            let _ = dir.remove(name);
+            Err((e, true))
+        }
     }
 }
 

@@ -34,6 +34,17 @@ pub struct InvalidMark {
     pub first: u64,
     /// Last epoch.
     pub last: u64,
+    /// Why.
+    pub reason: Reason,
+}
+
+/// Why snapshots failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The thin target was full.
+    Full,
+    /// A part of the log cannot be read, or a reason this program does not know.
+    Lost,
 }
 
 /// What a superblock says.
@@ -80,7 +91,14 @@ impl Superblock {
             .u32(self.invalid.len() as u32)
             .u32(u32::from(self.open));
         for mark in &self.invalid {
-            w.u32(mark.volume).u32(0).u64(mark.first).u64(mark.last);
+            let reason = match mark.reason {
+                Reason::Full => 0,
+                Reason::Lost => 1,
+            };
+            w.u32(mark.volume)
+                .u32(reason)
+                .u64(mark.first)
+                .u64(mark.last);
         }
         let mut bytes = w.finish();
         let sum = checksum(&bytes);
@@ -110,11 +128,15 @@ impl Superblock {
         }
         let mut invalid = Vec::with_capacity(count);
         for _ in 0..count {
-            let volume = (r.u32()?, r.u32()?).0;
+            let (volume, reason) = (r.u32()?, r.u32()?);
             invalid.push(InvalidMark {
                 volume,
                 first: r.u64()?,
                 last: r.u64()?,
+                reason: match reason {
+                    0 => Reason::Full,
+                    _ => Reason::Lost,
+                },
             });
         }
         let used = bytes.len() - r.left();
@@ -250,6 +272,7 @@ mod tests {
                 volume: 1,
                 first: 2,
                 last: 3,
+                reason: Reason::Full,
             }],
         }
     }
@@ -265,6 +288,14 @@ mod tests {
             let read = Superblock::decode(&bad);
             assert!(read.is_err() || read.unwrap() == sample(), "bit {bit}");
         }
+    }
+
+    #[test]
+    fn a_mark_says_why() {
+        let mut marked = sample();
+        marked.invalid[0].reason = Reason::Lost;
+        let read = Superblock::decode(&marked.encode()).unwrap();
+        assert_eq!(read, marked);
     }
 
     /// Golden bytes: a change of any of them is a new format version.

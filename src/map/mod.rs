@@ -25,7 +25,7 @@
 //! `state`.
 //!
 //! Files: [`index`] what a key-value store must do; [`memory`] its twin with power cuts;
-//! [`sled_index`] the real one; [`keys`], [`page`], [`bitmaps`] what is stored; [`extents`] the public face, whose
+//! [`sled_index`] the real one; [`transient`] one for a full disk; [`keys`], [`page`], [`bitmaps`] what is stored; [`extents`] the public face, whose
 //! parts are `state`, `plan`, `checkpoint` and `sweep`.
 
 pub mod bitmaps;
@@ -42,6 +42,7 @@ mod state;
 mod sweep;
 #[cfg(test)]
 mod tests;
+pub mod transient;
 
 pub use crate::map::bitmaps::GrainSet;
 pub use crate::map::extents::{Applied, ExtentMap, Publish, Published, Run, RunKind};

@@ -43,7 +43,13 @@ impl StoreLock {
                 format!("store {store} is in use by {by}"),
             ));
         }
-        write_holder(&file).context(|| format!("cannot write the lock of store {store}"))?;
+        match write_holder(&file) {
+            // The lock holds all the same; only who has it cannot be told.
+            Err(e) if e.kind() == io::ErrorKind::StorageFull => {}
+            written => {
+                written.context(|| format!("cannot write the lock of store {store}"))?;
+            }
+        }
         Ok(StoreLock { _file: file })
     }
 }

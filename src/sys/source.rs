@@ -51,6 +51,11 @@ impl FileSources {
             let text = format!("source {shown} was replaced while it was opened");
             return Err(Error::new(Kind::Busy, text));
         }
+        if device && now.size == 0 {
+            // A drive without a medium, a loop device without a file: not a source that has shrunk.
+            let text = format!("source {shown} is a device without a medium");
+            return Err(Error::new(Kind::NotFound, text));
+        }
         lock_source(&disk, &shown)?;
         Ok(Arc::new(disk))
     }

@@ -8,7 +8,9 @@ use crate::log::record::{Record, RecordType};
 use crate::map::GrainSet;
 use crate::units::{Epoch, Name, Uuid, VOLUME_SIZE_MAX, VolumeId};
 use crate::volume::catalog::{INO_PER_VOLUME, SnapEntry, Trust, VolumeEntry, volume_record};
-use crate::volume::facts::{Environment, Settings, SnapshotInfo, VolumeOptions, VolumeState};
+use crate::volume::facts::{
+    Environment, Settings, SnapshotInfo, ThinInfo, VolumeOptions, VolumeState,
+};
 use crate::volume::live::{Volume, flush};
 use crate::volume::read::Snapshot;
 use crate::volume::shared::{Shared, Vol, lock};
@@ -381,6 +383,15 @@ impl Engine {
     /// `Io`.
     pub fn log_bytes(&self) -> Result<u64> {
         self.shared.log.allocated()
+    }
+
+    /// How much of the thin target is used, and how fast that grows. The growth is known after
+    /// [`Engine::maintain`] was called for a minute.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn thin(&self) -> Result<ThinInfo> {
+        self.shared.thin_info()
     }
 
     /// Clean stop: drains, makes the sources durable, checkpoints, marks the store clean. The engine

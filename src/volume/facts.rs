@@ -43,6 +43,27 @@ pub struct Settings {
     pub checkpoint_bytes: u64,
     /// Bytes of the ballast; 0 for none.
     pub ballast_bytes: u64,
+    /// Most bytes that the log and the clones may use, if there is a limit: beyond it the thin
+    /// target counts as full. What needs no payload (deletions, marks of failure, new snapshots)
+    /// still gets through.
+    pub limit_bytes: Option<u64>,
+}
+
+/// How much of the thin target is used, and how fast that grows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ThinInfo {
+    /// Bytes that the log and the clones use.
+    pub used: u64,
+    /// The limit, if there is one.
+    pub limit: Option<u64>,
+    /// Bytes that it may still grow by: what the filesystem or the limit has left, whichever is less.
+    pub free: u64,
+    /// Bytes by which it grew in an hour; below zero if it shrank. `None` until enough was seen.
+    pub growth: Option<i64>,
+    /// Seconds over which the growth was measured.
+    pub measured_s: u64,
+    /// Seconds until it is full if it goes on like that; `None` if it does not grow or is not known.
+    pub full_in_s: Option<u64>,
 }
 
 impl Default for Settings {
@@ -52,6 +73,7 @@ impl Default for Settings {
             segment_bytes: 64 << 20,
             checkpoint_bytes: 64 << 20,
             ballast_bytes: 8 << 20,
+            limit_bytes: None,
         }
     }
 }

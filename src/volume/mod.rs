@@ -38,6 +38,7 @@ mod revert;
 mod shared;
 mod snapshots;
 mod space;
+mod thin;
 mod tracking;
 
 pub use crate::volume::clones::OpenClone;
@@ -45,7 +46,7 @@ pub use crate::volume::diffs::{DIFF_RUNS_MAX, Diff, DiffPoint};
 pub use crate::volume::engine::Engine;
 pub use crate::volume::facts::{
     BookmarkInfo, CloneInfo, Environment, OnFull, Reverted, Settings, SnapshotInfo, SnapshotState,
-    Sources, VolumeInfo, VolumeOptions, VolumeState, Zeroing,
+    Sources, ThinInfo, VolumeInfo, VolumeOptions, VolumeState, Zeroing,
 };
 pub use crate::volume::live::Volume;
 pub use crate::volume::read::Snapshot;

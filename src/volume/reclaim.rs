@@ -56,6 +56,7 @@ pub fn maintain(shared: &Shared) -> Result<bool> {
         shared.space_freed();
     }
     shared.restore_ballast();
+    shared.sample_growth();
     // Idle since the last call: the last real table gets its second copy.
     let lsn = shared.log.durable_lsn().0;
     if shared.idle_lsn.swap(lsn, Ordering::AcqRel) == lsn {

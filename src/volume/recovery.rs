@@ -17,9 +17,10 @@ use crate::log::record::{Record, RecordType};
 use crate::log::scan::{Event, Scan, Scanned};
 use crate::log::segment::{self, SEGMENT_MAX, SEGMENT_MIN};
 use crate::log::superblock::{Superblock, SuperblockFile};
+use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
-use crate::units::{Lsn, Place, Uuid};
+use crate::units::{BLOCK, Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
@@ -28,7 +29,8 @@ use crate::volume::live::Volume;
 use crate::volume::overlay::Home;
 use crate::volume::reclaim;
 use crate::volume::shared::{Point, Shared, Vol, VolState, compare, lock, to_publish};
-use crate::volume::space::{Waiting, apply_marks};
+use crate::volume::space::{Waiting, apply_marks, has_room_for_map, make_room_for_map};
+use crate::volume::thin::Thin;
 
 const LOG_DIR: &str = "log";
 /// Newest segments whose content is made durable before it is read.
@@ -111,6 +113,7 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         store: facts.store,
         log: Log::resume(config, resume),
         map: replay.map,
+        map_in_memory: replay.map_in_memory,
         structure: Mutex::new(()),
         superblock: Mutex::new(superblock),
         catalog: Mutex::new(replay.catalog.clone()),
@@ -124,6 +127,7 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         idle_lsn: AtomicU64::new(0),
         maintaining: Mutex::new(()),
         waiting: Waiting::default(),
+        thin: Thin::default(),
         failure_watch: Mutex::new(None),
         env,
     });
@@ -248,6 +252,7 @@ fn sync_log(dir: &dyn Dir) -> Result<()> {
 
 struct Replay {
     map: ExtentMap,
+    map_in_memory: bool,
     catalog: Catalog,
     scanned: Scanned,
     lost: Vec<Lost>,
@@ -273,15 +278,22 @@ fn recover_log(
     store: Uuid,
 ) -> Result<Replay> {
     match open_map(env, settings, store) {
-        Ok((map, Some(applied))) => match replay(dir, keys, store, settings, map, Some(applied)) {
-            Ok(Some(replay)) => return Ok(replay),
-            Ok(None) => tracing::warn!("the extent map does not fit the log; rebuilding it"),
-            Err(e) => return Err(e),
-        },
-        Ok((map, None)) => {
-            // An empty map: a new store, or one whose map was removed.
-            let replayed = replay(dir, keys, store, settings, map, None)?;
-            return replayed.ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"));
+        Ok((map, _, Some(applied))) => {
+            match replay(env, dir, (keys, store), settings, map, Some(applied)) {
+                Ok(Some(replay)) => return Ok(replay),
+                Ok(None) => tracing::warn!("the extent map does not fit the log; rebuilding it"),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok((map, map_in_memory, None)) => {
+            // An empty map: a new store, or one whose map was removed or found no room.
+            let replayed = replay(env, dir, (keys, store), settings, map, None)?;
+            return replayed
+                .map(|replay| Replay {
+                    map_in_memory,
+                    ..replay
+                })
+                .ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"));
         }
         Err(e) if e.kind() == Kind::Damaged => {
             tracing::warn!(
@@ -293,17 +305,40 @@ fn recover_log(
         Err(e) => return Err(e),
     }
     env.index.set_aside()?;
-    let (map, _) = open_map(env, settings, store)?;
-    replay(dir, keys, store, settings, map, None)?
+    let (map, map_in_memory, _) = open_map(env, settings, store)?;
+    replay(env, dir, (keys, store), settings, map, None)?
+        .map(|replay| Replay {
+            map_in_memory,
+            ..replay
+        })
         .ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"))
 }
 
+/// The map, whether it is one in memory only, and how far it has come.
 fn open_map(
     env: &Environment,
     settings: &Settings,
     store: Uuid,
-) -> Result<(ExtentMap, Option<Applied>)> {
-    let map = ExtentMap::open(env.index.open()?, settings.map_cache_bytes)?;
+) -> Result<(ExtentMap, bool, Option<Applied>)> {
+    make_room_for_map(env);
+    let opened = env
+        .index
+        .open()
+        .and_then(|index| ExtentMap::open(index, settings.map_cache_bytes));
+    let mut in_memory = false;
+    let map = match opened {
+        // sled writes when it is opened, and what it says of a disk without room differs.
+        Err(e) if e.kind() == Kind::NoSpace || !has_room_for_map(env, 0) => {
+            tracing::error!(
+                "the disk is too full for the extent map ({}); it is made in memory, from all of the log",
+                e.chain()
+            );
+            in_memory = true;
+            let index = Arc::new(TransientIndex::default());
+            ExtentMap::open(index, settings.map_cache_bytes)?
+        }
+        opened => opened?,
+    };
     let applied = map.applied();
     if applied.is_some_and(|a| a.store != store) {
         return Err(Error::new(
@@ -311,14 +346,14 @@ fn open_map(
             "the extent map belongs to another store",
         ));
     }
-    Ok((map, applied))
+    Ok((map, in_memory, applied))
 }
 
 /// Scans the log from where the map ends; `None` if the two do not fit together.
 fn replay(
+    env: &Environment,
     dir: &dyn Dir,
-    keys: &Keys,
-    store: Uuid,
+    (keys, store): (&Keys, Uuid),
     settings: &Settings,
     map: ExtentMap,
     applied: Option<Applied>,
@@ -374,7 +409,11 @@ fn replay(
                         .collect(),
                 );
                 // Not once something was found lost: recovery must find it again until it is noted.
-                if lost.is_empty() && map.pending() > settings.map_cache_bytes {
+                // Without room all of it stays in memory until there is some.
+                if lost.is_empty()
+                    && map.pending() > settings.map_cache_bytes
+                    && has_room_for_map(env, map.pending())
+                {
                     let segment = place.segment;
                     map.checkpoint(Applied {
                         store,
@@ -429,6 +468,7 @@ fn replay(
     let applied_segment = from_segment;
     Ok(Some(Replay {
         map,
+        map_in_memory: false,
         catalog,
         scanned,
         lost,
@@ -477,7 +517,18 @@ fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
             .open(&segment::file_name(number), Open::Write)
             .context(context)?;
         if disk.size().context(context)? > end {
-            disk.set_size(end).context(context)?;
+            match disk.set_size(end) {
+                // Where even that needs space, what is behind the end stays; in the last segment a
+                // torn batch may begin there, which must not be found again.
+                Err(e) if e.kind() == std::io::ErrorKind::StorageFull => {
+                    tracing::warn!("{}: {e}", context());
+                    if number == last.0 && scanned.torn {
+                        disk.write_all_at(end, &[&[0; BLOCK as usize]])
+                            .context(context)?;
+                    }
+                }
+                done => done.context(context)?,
+            }
         }
         if number == last.0 {
             // A torn batch behind the end must be gone before anything is served, also if the disk

@@ -17,6 +17,7 @@ use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
 use crate::volume::layers::Clones;
 use crate::volume::range_lock::RangeLock;
 use crate::volume::space::{FailureWatch, Waiting};
+use crate::volume::thin::Thin;
 use crate::volume::tracking::Tracking;
 
 const NS_PER_S: i64 = 1_000_000_000;
@@ -35,6 +36,8 @@ pub struct Shared {
     pub store: Uuid,
     pub log: Log,
     pub map: ExtentMap,
+    /// The disk had no room for the map's index when the store was opened.
+    pub map_in_memory: bool,
     // One catalogue change at a time.
     pub structure: Mutex<()>,
     pub superblock: Mutex<SuperblockFile>,
@@ -53,6 +56,7 @@ pub struct Shared {
     pub sets_since: Mutex<BTreeMap<(u32, u64), u32>>,
     pub idle_lsn: AtomicU64,
     pub waiting: Waiting,
+    pub thin: Thin,
     pub failure_watch: Mutex<Option<FailureWatch>>,
 }
 
@@ -486,6 +490,10 @@ impl Sink for Shared {
 
     fn catalog(&self) -> Vec<u8> {
         self.current_catalog(false).encode()
+    }
+
+    fn may_grow(&self, bytes: u64) -> Result<bool> {
+        self.limit_allows(bytes)
     }
 }
 

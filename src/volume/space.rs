@@ -15,14 +15,17 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::log::superblock::{InvalidMark, MARKS_MAX};
+use crate::log::superblock::{InvalidMark, MARKS_MAX, Reason};
 use crate::sys::disk::Open;
 use crate::volume::catalog::invalidate_record;
 use crate::volume::clone_records::LAYER_BIT;
-use crate::volume::facts::{OnFull, SnapshotState};
+use crate::volume::facts::{Environment, OnFull, SnapshotState};
 use crate::volume::shared::{Shared, Vol, lock};
 
 const BALLAST: &str = "ballast";
+/// Why snapshots failed, where a mark in the superblock says it.
+const FULL: &str = "the thin target was full";
+const LOST: &str = "a part of the log was lost";
 /// The ballast is made only while this many times its size is free.
 const BALLAST_MARGIN: u64 = 4;
 /// How often a waiting writer looks again, whoever wakes it.
@@ -69,7 +72,12 @@ impl Shared {
             return;
         }
         match make_ballast(self, bytes) {
-            Ok(()) => self.log.set_keep_free(0),
+            Ok(()) => {
+                self.log.set_keep_free(0);
+                if let Err(e) = self.log.make_spare(self) {
+                    tracing::debug!("{}", e.chain());
+                }
+            }
             Err(e) => tracing::debug!("no ballast: {}", e.chain()),
         }
     }
@@ -79,17 +87,8 @@ impl Shared {
     /// # Errors
     /// `NoSpace` if there is too little, also without the ballast.
     pub fn room_for_checkpoint(&self) -> Result<()> {
-        const LEAST: u64 = 1 << 20;
-        const MOST: u64 = 4 << 20;
-        let needed = LEAST + (self.map.pending() as u64).min(MOST);
-        let enough = |shared: &Shared| {
-            shared
-                .env
-                .dir
-                .space()
-                .map_or(true, |space| space.available >= needed)
-        };
-        if enough(self) || self.release_ballast() && enough(self) {
+        let enough = || self.map_in_memory || has_room_for_map(&self.env, self.map.pending());
+        if enough() || self.release_ballast() && enough() {
             return Ok(());
         }
         Err(Error::new(
@@ -157,7 +156,7 @@ impl Shared {
                 let after = self.map.oldest_preserved(vol.id(), grains);
                 let first = after.map_or(0, |epoch| epoch.0 + 1);
                 let last = vol.state().epoch;
-                self.fail_snapshots(vol, first, last, "the thin target was full")
+                self.fail_snapshots(vol, first, last, FULL)
             }
         }
     }
@@ -189,6 +188,10 @@ impl Shared {
                 volume,
                 first,
                 last,
+                reason: match why {
+                    FULL => Reason::Full,
+                    _ => Reason::Lost,
+                },
             })?;
             lock(&self.catalog).apply(&record)?;
         }
@@ -203,6 +206,9 @@ impl Shared {
             Some(known) if next_is_full(superblock.current().invalid.len()) => {
                 known.first = known.first.min(mark.first);
                 known.last = known.last.max(mark.last);
+                if known.reason != mark.reason {
+                    known.reason = Reason::Lost;
+                }
             }
             _ if next_is_full(superblock.current().invalid.len()) => {
                 let why = "the superblock has no room for another mark of failure";
@@ -265,18 +271,42 @@ impl Shared {
         if marks.is_empty() {
             return Ok(());
         }
-        let record = |m: &InvalidMark| {
-            let why = match m.volume & LAYER_BIT {
-                0 => "the thin target was full",
-                _ => "a part of the log was lost",
-            };
-            invalidate_record(m.volume, m.first, m.last, why)
-        };
+        let record = |m: &InvalidMark| invalidate_record(m.volume, m.first, m.last, text(m));
         self.append_records(marks.iter().map(record).collect())?;
         let mut superblock = lock(&self.superblock);
         let mut next = superblock.current().clone();
         next.invalid.retain(|mark| !marks.contains(mark));
         superblock.update(next)
+    }
+}
+
+/// Whether the map can write what it has pending.
+pub fn has_room_for_map(env: &Environment, pending: usize) -> bool {
+    const LEAST: u64 = 1 << 20;
+    const MOST: u64 = 4 << 20;
+    let needed = LEAST + (pending as u64).min(MOST);
+    env.dir
+        .space()
+        .map_or(true, |space| space.available >= needed)
+}
+
+/// Before there is an engine: gives up the ballast if opening the map needs its space.
+pub fn make_room_for_map(env: &Environment) {
+    if !has_room_for_map(env, 0)
+        && env
+            .dir
+            .remove(BALLAST)
+            .and_then(|()| env.dir.sync())
+            .is_ok()
+    {
+        tracing::warn!("the store's disk is full: its ballast is given up");
+    }
+}
+
+fn text(mark: &InvalidMark) -> &'static str {
+    match mark.reason {
+        Reason::Full => FULL,
+        Reason::Lost => LOST,
     }
 }
 
@@ -328,24 +358,24 @@ pub fn apply_marks(shared: &Shared) {
     for mark in marks {
         let mut catalog = lock(&shared.catalog);
         if mark.volume & LAYER_BIT != 0 {
-            catalog.fail_clone(mark.volume & !LAYER_BIT, "a part of the log was lost");
+            catalog.fail_clone(mark.volume & !LAYER_BIT, text(&mark));
         } else if let Some(entry) = catalog.volumes.get_mut(&mark.volume)
             && mark.first <= mark.last
         {
             for snap in entry.points_mut(mark.first..=mark.last) {
                 if snap.state == SnapshotState::Active {
-                    snap.state = SnapshotState::Failed("the thin target was full".into());
+                    snap.state = SnapshotState::Failed(text(&mark).into());
                 }
             }
             for (_, bookmark) in entry.bookmarks.range_mut(mark.first..=mark.last) {
                 if bookmark.state == SnapshotState::Active {
-                    bookmark.state = SnapshotState::Failed("the thin target was full".into());
+                    bookmark.state = SnapshotState::Failed(text(&mark).into());
                 }
             }
         }
         drop(catalog);
         if let Some(vol) = shared.vol(mark.volume) {
-            shared.drop_failed_points(&vol, mark.first..=mark.last, "the thin target was full");
+            shared.drop_failed_points(&vol, mark.first..=mark.last, text(&mark));
         }
     }
 }

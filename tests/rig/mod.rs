@@ -141,14 +141,23 @@ pub fn touch(path: &Path) -> std::io::Result<()> {
 /// A directory with a store, a mountpoint, sources and at most one daemon.
 pub struct Rig {
     top: TempDir,
+    store: Option<PathBuf>,
     pid: Option<u32>,
 }
 
 impl Rig {
+    /// As [`Rig::new`], with the store elsewhere.
+    pub fn with_store(store: PathBuf) -> Rig {
+        let mut rig = Rig::new();
+        rig.store = Some(store);
+        rig
+    }
+
     pub fn new() -> Rig {
         let top = tempfile::Builder::new().prefix("stillframe-").tempdir();
         let rig = Rig {
             top: top.unwrap(),
+            store: None,
             pid: None,
         };
         fs::create_dir(rig.mnt()).unwrap();
@@ -164,7 +173,7 @@ impl Rig {
     }
 
     pub fn store(&self) -> PathBuf {
-        self.at("store")
+        self.store.clone().unwrap_or_else(|| self.at("store"))
     }
 
     pub fn live(&self, volume: &str) -> PathBuf {

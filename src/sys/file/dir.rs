@@ -60,6 +60,30 @@ impl FileDir {
         FileDir::open(path)
     }
 
+    /// Has a filesystem that writes everything to a new place (btrfs) overwrite in place what is made
+    /// in this directory from now on: else not even bytes that are there already can be written
+    /// when it is full. Best effort; elsewhere nothing happens.
+    pub fn overwrite_in_place(&self) {
+        const BTRFS: u64 = 0x9123_683e;
+        const NOCOW: libc::c_int = 0x0080_0000;
+        // SAFETY: all bytes zero is a valid `statfs`, which the call fills.
+        let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptor is ours, the struct outlives the call.
+        let done = unsafe { libc::fstatfs(self.raw(), &raw mut stat) };
+        if done != 0 || stat.f_type as u64 != BTRFS {
+            return;
+        }
+        let mut flags: libc::c_int = 0;
+        // SAFETY: the descriptor is ours; the kernel reads and writes one int, whatever the
+        // request's number says of a long.
+        unsafe {
+            if libc::ioctl(self.raw(), libc::FS_IOC_GETFLAGS, &raw mut flags) == 0 {
+                flags |= NOCOW;
+                libc::ioctl(self.raw(), libc::FS_IOC_SETFLAGS, &raw const flags);
+            }
+        }
+    }
+
     /// The canonical path it was opened by, for messages. It may have been renamed since.
     pub fn path(&self) -> &Path {
         &self.path

@@ -1,0 +1,351 @@
+//! A limit for the thin target, and the forecast of when it is full.
+//!
+//! In the simulator, where the disk itself has all the space in the world, and on a real daemon with
+//! `--limit`. Shown: preserved content stays below the limit, refused writes change nothing, whatever
+//! needs no payload gets through at the limit, space that is given back can be used again, the overlays
+//! of clones count, and the forecast says what was measured and nothing before.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod rig;
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use stillframe::error::{Error, Kind, Result};
+use stillframe::map::memory::MemoryIndexHome;
+use stillframe::sys::disk::{Dir, Disk, Open};
+use stillframe::sys::sim::SimWorld;
+use stillframe::units::Name;
+use stillframe::volume::{
+    Engine, Environment, OnFull, Settings, SnapshotState, Sources, VolumeOptions,
+};
+
+use rig::{Chance, Rig};
+
+const MIB: u64 = 1 << 20;
+const LIMIT: u64 = 6 * MIB;
+const SIZE: u64 = 16 * MIB;
+const GRAIN: u64 = 4096;
+const MINUTE_NS: i64 = 60_000_000_000;
+
+struct SimSources(SimWorld);
+
+impl Sources for SimSources {
+    fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
+        let none = || Error::new(Kind::NotFound, format!("no {path}"));
+        Ok(self.0.disk(path).ok_or_else(none)?)
+    }
+}
+
+fn n(name: &str) -> Name {
+    Name::new(name).unwrap()
+}
+
+struct Store {
+    world: SimWorld,
+    index: MemoryIndexHome,
+    engine: Arc<Engine>,
+    content: Vec<u8>,
+}
+
+impl Store {
+    fn new(on_full: OnFull) -> Store {
+        let (world, index) = (SimWorld::new(7), MemoryIndexHome::new());
+        let env = Store::environment(&world, &index);
+        let settings = Store::settings(Some(LIMIT));
+        Engine::create(&env, &settings).unwrap();
+        let engine = Engine::open(env, settings).unwrap();
+        let mut chance = Chance(9);
+        let words = (0..SIZE / 8).map(|_| chance.next().to_le_bytes());
+        let content: Vec<u8> = words.flatten().collect();
+        world
+            .add_disk("src/v", SIZE)
+            .write_all_at(0, &[&content])
+            .unwrap();
+        let options = VolumeOptions {
+            on_full,
+            on_full_wait_s: 0,
+            ..VolumeOptions::default()
+        };
+        engine.add_volume(&n("v"), "src/v", options).unwrap();
+        Store {
+            world,
+            index,
+            engine,
+            content,
+        }
+    }
+
+    fn environment(world: &SimWorld, index: &MemoryIndexHome) -> Environment {
+        Environment {
+            dir: world.dir("store"),
+            index: Arc::new(index.clone()),
+            sources: Arc::new(SimSources(world.clone())),
+            clock: Arc::new(world.clock()),
+        }
+    }
+
+    fn settings(limit_bytes: Option<u64>) -> Settings {
+        Settings {
+            segment_bytes: MIB,
+            ballast_bytes: 0,
+            limit_bytes,
+            ..Settings::default()
+        }
+    }
+
+    fn take(&self, name: &str) {
+        self.engine.take_snapshots(&[(n("v"), n(name))]).unwrap();
+    }
+
+    fn delete(&self, name: &str) {
+        self.engine.delete_snapshot(&n("v"), &n(name)).unwrap();
+    }
+
+    /// Inverts grains from one on until one is refused; returns that one.
+    fn write_from(&mut self, first: u64) -> u64 {
+        let volume = self.engine.volume(&n("v")).unwrap();
+        for grain in first..SIZE / GRAIN {
+            let span = (grain * GRAIN) as usize..((grain + 1) * GRAIN) as usize;
+            let new: Vec<u8> = self.content[span.clone()].iter().map(|b| !b).collect();
+            match volume.write_at(grain * GRAIN, &new, false) {
+                Ok(()) => self.content[span].copy_from_slice(&new),
+                Err(e) => {
+                    assert_eq!(e.kind(), Kind::NoSpace, "{}", e.chain());
+                    return grain;
+                }
+            }
+        }
+        SIZE / GRAIN
+    }
+
+    fn snapshot(&self, name: &str) -> Vec<u8> {
+        let mut bytes = vec![0; SIZE as usize];
+        let snapshot = self.engine.open_snapshot(&n("v"), &n(name)).unwrap();
+        snapshot.read_at(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn live(&self) -> Vec<u8> {
+        let mut bytes = vec![0; SIZE as usize];
+        let volume = self.engine.volume(&n("v")).unwrap();
+        volume.read_at(0, &mut bytes).unwrap();
+        bytes
+    }
+}
+
+#[test]
+fn preserved_content_stays_below_the_limit_and_the_rest_gets_through() {
+    let mut store = Store::new(OnFull::FailWrite);
+    store.take("a");
+    let old = store.content.clone();
+    let refused = store.write_from(0);
+    assert!(refused > 600, "refused grain {refused} already");
+    assert!(refused < SIZE / GRAIN, "nothing was refused");
+    let thin = store.engine.thin().unwrap();
+    assert_eq!(thin.limit, Some(LIMIT));
+    assert!(thin.used <= LIMIT, "{thin:?}");
+    assert!(thin.used > LIMIT - 2 * MIB, "refused too early: {thin:?}");
+    assert_eq!(thin.free, LIMIT - thin.used);
+    assert!(store.snapshot("a") == old && store.live() == store.content);
+
+    // What is preserved can be written on, and what needs no payload gets through.
+    let volume = store.engine.volume(&n("v")).unwrap();
+    volume.write_at(0, &[1; 8192], false).unwrap();
+    store.content[..8192].fill(1);
+    for i in 0..40 {
+        let name = format!("s{i}");
+        store.take(&name);
+        let held = |held| store.engine.hold_snapshot(&n("v"), &n(&name), held);
+        held(true).unwrap();
+        held(false).unwrap();
+        let other = n(&format!("t{i}"));
+        let done = store.engine.rename_snapshot(&n("v"), &n(&name), &other);
+        done.unwrap();
+    }
+    let used = store.engine.thin().unwrap().used;
+    assert!(used < LIMIT + MIB, "records took {used}");
+    for i in 0..40 {
+        store.delete(&format!("t{i}"));
+    }
+    assert!(store.snapshot("a") == old && store.live() == store.content);
+
+    // Space that is given back can be used again.
+    store.delete("a");
+    while store.engine.maintain().unwrap() {}
+    store.take("b");
+    let old = store.content.clone();
+    assert!(store.write_from(refused) > refused + 600);
+    assert!(store.snapshot("b") == old && store.live() == store.content);
+}
+
+#[test]
+fn at_the_limit_the_other_policy_fails_snapshots() {
+    let mut store = Store::new(OnFull::FailSnapshot);
+    store.take("a");
+    assert_eq!(store.write_from(0), SIZE / GRAIN, "a write was refused");
+    let state = store.engine.snapshot(&n("v"), &n("a")).unwrap().state;
+    assert!(matches!(state, SnapshotState::Failed(_)), "{state:?}");
+    assert!(store.live() == store.content);
+}
+
+#[test]
+fn the_overlays_of_clones_count() {
+    let mut store = Store::new(OnFull::FailWrite);
+    let before = store.engine.thin().unwrap().used;
+    let clones = store.world.dir("store").subdir("clones", true).unwrap();
+    let overlay = clones.open("7.data", Open::Create).unwrap();
+    overlay.write_all_at(0, &[&vec![1; 4 << 20]]).unwrap();
+    let after = store.engine.thin().unwrap().used;
+    assert_eq!(after - before, 4 * MIB);
+    store.take("a");
+    let refused = store.write_from(0);
+    assert!(refused < 300, "{refused} grains went beside the clone");
+    assert!(store.engine.thin().unwrap().used <= LIMIT);
+}
+
+#[test]
+fn a_limit_belongs_to_the_run_not_to_the_store() {
+    let mut store = Store::new(OnFull::FailWrite);
+    store.take("a");
+    let old = store.content.clone();
+    let refused = store.write_from(0);
+    store.engine.close().unwrap();
+    let env = Store::environment(&store.world, &store.index);
+    store.engine = Engine::open(env, Store::settings(None)).unwrap();
+    assert_eq!(store.engine.thin().unwrap().limit, None);
+    assert_eq!(store.write_from(refused), SIZE / GRAIN);
+    assert!(store.snapshot("a") == old && store.live() == store.content);
+}
+
+#[test]
+fn the_forecast_is_what_was_measured() {
+    let store = Store::new(OnFull::FailWrite);
+    store.take("a");
+    store.engine.maintain().unwrap();
+    let growth = || store.engine.thin().unwrap().growth;
+    assert_eq!(growth(), None, "known before anything was seen");
+    // Six minutes with 64 grains each, ten times an hour's worth.
+    for minute in 0..6 {
+        store.world.advance(MINUTE_NS);
+        let volume = store.engine.volume(&n("v")).unwrap();
+        for grain in 0..64 {
+            let at = (minute * 64 + grain) * GRAIN;
+            volume.write_at(at, &[9; 4096], false).unwrap();
+        }
+        store.engine.maintain().unwrap();
+    }
+    let thin = store.engine.thin().unwrap();
+    let growth = thin.growth.unwrap();
+    // Each grain also has a commit block, as they come one by one.
+    let least = 10 * 6 * 64 * GRAIN as i64;
+    assert!((least..3 * least).contains(&growth), "{growth} an hour");
+    assert_eq!(thin.measured_s, 360);
+    let left = thin.full_in_s.unwrap();
+    assert_eq!(left, thin.free * 3600 / growth as u64);
+
+    // It shrinks: there is nothing to foretell.
+    store.delete("a");
+    store.world.advance(MINUTE_NS);
+    while store.engine.maintain().unwrap() {}
+    for _ in 0..65 {
+        store.world.advance(MINUTE_NS);
+        store.engine.maintain().unwrap();
+    }
+    let thin = store.engine.thin().unwrap();
+    assert!(thin.growth.unwrap() <= 0, "{thin:?}");
+    assert_eq!(thin.full_in_s, None);
+    // A clock that was set back spoils nothing.
+    store.world.advance(-100 * MINUTE_NS);
+    store.engine.maintain().unwrap();
+    assert_eq!(store.engine.thin().unwrap().growth, None);
+}
+
+#[test]
+fn a_daemon_keeps_its_limit_and_says_so() {
+    if !rig::can_mount() {
+        return;
+    }
+    let mut rig = Rig::new();
+    let source = rig.source("v", SIZE);
+    let mut chance = Chance(3);
+    let words = (0..SIZE / 8).map(|_| chance.next().to_le_bytes());
+    let content: Vec<u8> = words.flatten().collect();
+    fs::write(&source, &content).unwrap();
+    let volume = format!("v={}", source.to_str().unwrap());
+    let args = [
+        "--limit",
+        "6M",
+        "--segment-size",
+        "1M",
+        "--on-full-wait",
+        "0",
+    ];
+    rig.mount_with(&[&args[..], &["--volume", &volume]].concat());
+    rig::touch(&rig.snapshot("v", "a")).unwrap();
+    let live = fs::OpenOptions::new()
+        .write(true)
+        .open(rig.live("v"))
+        .unwrap();
+    let refused =
+        (0..SIZE / GRAIN).find(
+            |grain| match live.write_at(&[7; GRAIN as usize], grain * GRAIN) {
+                Ok(_) => false,
+                Err(e) => {
+                    assert_eq!(e.raw_os_error(), Some(libc::ENOSPC));
+                    true
+                }
+            },
+        );
+    assert!(refused.is_some_and(|grain| grain > 600), "{refused:?}");
+    let report: serde_json::Value = serde_json::from_str(&rig.ok(&["status", "--json"])).unwrap();
+    let thin = &report["thin"];
+    assert_eq!(thin["limit"], 6 * MIB);
+    assert!(thin["used"].as_u64().unwrap() <= 6 * MIB, "{thin}");
+    assert!(thin["growth_per_hour"].is_null(), "{thin}");
+    let text = rig.ok(&["status"]);
+    assert!(text.contains("limit 6.0M"), "{text}");
+    let metrics = fs::read_to_string(rig.mnt().join(".stillframe/metrics.prom")).unwrap();
+    assert!(
+        metrics.contains("\nstillframe_thin_limit_bytes 6291456\n"),
+        "{metrics}"
+    );
+    assert!(fs::read(rig.snapshot("v", "a")).unwrap() == content);
+
+    rig::touch(&rig.snapshot("v", "b")).unwrap();
+    for name in ["a", "b"] {
+        fs::remove_file(rig.snapshot("v", name)).unwrap();
+    }
+    // Another size of segments is for new stores, and that is said.
+    drop(live);
+    rig.umount();
+    let said = rig.mount_with(&["--segment-size", "2M"]);
+    assert!(said.contains("segments keep their size"), "{said}");
+    let live = fs::OpenOptions::new()
+        .write(true)
+        .open(rig.live("v"))
+        .unwrap();
+    rig::touch(&rig.snapshot("v", "c")).unwrap();
+    live.write_at(&[8; 1 << 20], 8 << 20).unwrap();
+    drop(live);
+    rig.umount();
+    // A segment size that no store can have is refused, and nothing is made.
+    let mut other = Rig::new();
+    let source = other.source("w", MIB);
+    let volume = format!("w={}", source.to_str().unwrap());
+    let mnt = other.mnt();
+    let bad = [
+        "mount",
+        mnt.to_str().unwrap(),
+        "--volume",
+        &volume,
+        "--segment-size",
+        "5K",
+    ];
+    let refused = other.run(&bad);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    other.mount_with(&["--volume", &volume]);
+    other.umount();
+}
