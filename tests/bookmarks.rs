@@ -976,3 +976,53 @@ fn writers_and_bookmarks_at_once() {
         "{named} named, {exact} not"
     );
 }
+
+/// The end was preserved for a snapshot before the bookmark was made, is cut off and comes back as zeros.
+#[test]
+fn an_end_that_was_cut_off_and_grew_again_has_changed() {
+    for snapshot in [false, true] {
+        let mut s = Small::new(8, &[("v", OnFull::FailWrite)]);
+        s.write("v", 19_000..19_010, 1).unwrap();
+        if snapshot {
+            s.take("v", "old");
+        }
+        s.write("v", 19_000..19_010, 2).unwrap();
+        s.mark("v", "a");
+        s.engine().resize_volume(&n("v"), 70 * MIB).unwrap();
+        s.engine().resize_volume(&n("v"), 80 * MIB).unwrap();
+        for lose in [false, true] {
+            // What is cut off is looked at in pieces of 1 MiB.
+            let since = s.since("v", "a").unwrap();
+            assert!(
+                since.len() == 1 && since[0].start == 19_000 && since[0].end >= 19_010,
+                "snapshot {snapshot}, map lost {lose}: {since:?}"
+            );
+            s.engine().maintain().unwrap();
+            s.stop(true);
+            if !lose {
+                s.index.lose();
+            }
+            s.start();
+        }
+    }
+}
+
+#[test]
+fn a_revert_is_a_change() {
+    let mut s = Small::new(9, &[("v", OnFull::FailWrite)]);
+    s.write("v", 0..10, 1).unwrap();
+    s.take("v", "old");
+    s.write("v", 3..5, 2).unwrap();
+    s.mark("v", "a");
+    let reverted = s.engine().revert_volume(&n("v"), &n("old"), &mut |_, _| {});
+    let undo = reverted.unwrap().undo;
+    let changed: Vec<_> = std::iter::once(3..5).collect();
+    assert_eq!(s.since("v", "a").unwrap(), changed);
+    s.engine().delete_snapshot(&n("v"), &undo.name).unwrap();
+    s.engine().maintain().unwrap();
+    assert_eq!(s.since("v", "a").unwrap(), changed);
+    s.stop(true);
+    s.index.lose();
+    s.start();
+    assert_eq!(s.since("v", "a").unwrap(), changed);
+}

@@ -707,7 +707,10 @@ impl Run {
                 let opened = self.engine.open_clone(&volume, &name(&clone)).unwrap();
                 let mut bytes = vec![0; opened.size() as usize];
                 opened.read_at(0, &mut bytes).unwrap();
-                if bytes == after.bytes {
+                // Sectors that the cut may have torn say nothing of it.
+                let sure = |at: &usize| !after.unflushed.contains(&(*at as u64 / 512));
+                let equal = |at: usize| bytes.get(at) == after.bytes.get(at);
+                if opened.size() == after.size() && (0..bytes.len()).filter(sure).all(equal) {
                     model.clones.insert(clone, after);
                 }
             }
@@ -1281,4 +1284,21 @@ fn a_clone_of_eight_exbibytes_is_written_at_its_end() {
     assert_eq!(clone.next_data(0).unwrap(), None);
     clone.read_at(size - 10, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 10]);
+}
+
+/// A first write of a grain does not bring back what was cut off the snapshot below it.
+#[test]
+fn what_was_cut_off_below_stays_away_when_its_grain_is_written() {
+    let s = stage();
+    s.engine.clone_empty(&name("v0"), &name("g")).unwrap();
+    let clone = s.open("g");
+    let from = s.engine.open_snapshot(&name("v0"), &name("s")).unwrap();
+    assert!(clone.take_over(&from, 0, 16 << 10).unwrap());
+    clone.set_size(5000).unwrap();
+    clone.set_size(12_000).unwrap();
+    clone.write_at(4200, &[2; 100], false).unwrap();
+    clone.zero(4300, 100, Zeroing::Zero).unwrap();
+    let mut bytes = vec![9; 12_000];
+    clone.read_at(0, &mut bytes).unwrap();
+    assert!(bytes[4400..5000] == [1; 600] && bytes[5000..].iter().all(|&b| b == 0));
 }

@@ -300,6 +300,79 @@ fn with_a_full_map(rig: &mut Rig, stride: u64) {
     });
 }
 
+/// With 1 GiB changed, half in runs and half scattered: clone and delete, the list of what changed, and the
+/// way back, each beside its floor.
+fn changed(rig: &Rig) {
+    let when = "1 GiB changed";
+    touch(&rig.snapshot("disk", "before")).unwrap();
+    let live = OpenOptions::new()
+        .write(true)
+        .open(rig.live("disk"))
+        .unwrap();
+    let mut chance = Chance(99);
+    let mut data = vec![0; MIB as usize];
+    let floor = Instant::now();
+    for piece in 0..512 {
+        data.fill(piece as u8 | 1);
+        let run = (piece << 30) + 5 * MIB;
+        live.write_all_at(&data, run).unwrap();
+        for grain in data.chunks(PAGE as usize) {
+            let at = chance.below(SIZE / PAGE) * PAGE;
+            live.write_all_at(grain, at).unwrap();
+        }
+    }
+    live.sync_all().unwrap();
+    drop(live);
+    println!("{when}: written in {:?}", floor.elapsed());
+    let clone = rig.mnt().join("disk/clones/c.img");
+    let again = rig.mnt().join("disk/clones/again.img");
+    let (mut make, mut delete) = (Times::new("clone by ln"), Times::new("clone deleted"));
+    let mut list = Times::new("diff JSON");
+    for _ in 0..5 {
+        make.of(|| fs::hard_link(rig.snapshot("disk", "before"), &clone).unwrap());
+        make.of(|| fs::hard_link(&clone, &again).unwrap());
+        delete.of(|| fs::remove_file(&clone).unwrap());
+        delete.of(|| fs::remove_file(&again).unwrap());
+        let text = list.of(|| rig.ok(&["diff", "disk@before..live", "--json"]));
+        let diff: Value = serde_json::from_str(&text).unwrap();
+        let extents = diff["extents"].as_array().unwrap();
+        let bytes: u64 = extents.iter().map(|e| e["length"].as_u64().unwrap()).sum();
+        // Pages chosen twice count once.
+        assert!(
+            (1000 * MIB..=1024 * MIB).contains(&bytes),
+            "{bytes} bytes changed"
+        );
+    }
+    for times in [&mut make, &mut delete, &mut list] {
+        times.tell(when);
+    }
+    // A handle just closed may still count as a writer.
+    let begin = Instant::now();
+    rig.ok(&["snapshot", "revert", "disk@before", "--force"]);
+    println!("{when}: reverted in {:?}", begin.elapsed());
+    let text = rig.ok(&["diff", "disk@before-revert-before..live", "--json"]);
+    let diff: Value = serde_json::from_str(&text).unwrap();
+    assert!(!diff["extents"].as_array().unwrap().is_empty());
+    let (mut page, live) = (
+        vec![0; PAGE as usize],
+        File::open(rig.live("disk")).unwrap(),
+    );
+    let before = File::open(rig.snapshot("disk", "before")).unwrap();
+    let mut known = page.clone();
+    for piece in 0..512 {
+        live.read_exact_at(&mut page, (piece << 30) + 5 * MIB)
+            .unwrap();
+        before
+            .read_exact_at(&mut known, (piece << 30) + 5 * MIB)
+            .unwrap();
+        assert_eq!(page, known, "run {piece}");
+    }
+    for name in ["before", "before-revert-before"] {
+        fs::remove_file(rig.snapshot("disk", name)).unwrap();
+    }
+    reclaimed(rig, when);
+}
+
 #[test]
 fn a_tebibyte_costs_little() {
     if !rig::can_mount() {
@@ -320,6 +393,7 @@ fn a_tebibyte_costs_little() {
     watched(&rig, "empty", || measure(&rig, "empty"));
     watched(&rig, "load", || load(&rig));
     watched(&rig, "after the load", || measure(&rig, "after the load"));
+    changed(&rig);
     with_a_full_map(&mut rig, setting("STILLFRAME_LARGE_STRIDE", 1));
     rig.umount();
 }

@@ -252,11 +252,6 @@ impl Log {
         self.keep_free.store(bytes, Ordering::Release);
     }
 
-    /// As last set; see [`Log::set_keep_free`].
-    pub fn keep_free(&self) -> u64 {
-        self.keep_free.load(Ordering::Acquire)
-    }
-
     /// Bytes that whoever shares the filesystem with the log leaves free for it.
     pub fn keeps_free(&self) -> u64 {
         self.keep_free.load(Ordering::Acquire) + RESERVE

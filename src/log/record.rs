@@ -95,10 +95,10 @@ record_types! {
     VolumeRemoved = 32, false;
     /// A snapshot is on hold or released.
     Hold = 33, false;
-    /// A bookmark was deleted.
-    BookmarkDeleted = 35, false;
     /// A clone is gone.
     CloneDeleted = 34, false;
+    /// A bookmark was deleted.
+    BookmarkDeleted = 35, false;
     /// In a CATALOG: counters and flags of the store.
     Store = 48, false;
 }

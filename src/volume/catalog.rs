@@ -26,13 +26,13 @@ const SNAP_FLAGS_AT: usize = 88;
 const SNAP_FAILED: u8 = 1;
 /// Flag of a SNAP: the snapshot is on hold.
 const SNAP_HELD: u8 = 2;
+/// Flag of a SNAP: the snapshot was deleted and is kept by a layer.
+const SNAP_KEPT: u8 = 4;
 /// Flag of a BOOKMARK: the bookmark has failed.
 const BOOKMARK_FAILED: u8 = 1;
 
 /// Flag of a RESIZE: the volume has its new size.
 const RESIZE_DONE: u64 = 1;
-/// Flag of a SNAP: the snapshot was deleted and is kept by a layer.
-const SNAP_KEPT: u8 = 4;
 
 /// What is known of a source's trustworthiness, as far as it outlives the daemon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -472,7 +472,15 @@ impl VolumeEntry {
             .map(|(_, snap)| snap)
     }
 
-    /// First and last epoch of the snapshots, listed or kept, and bookmarks; `None` if there are none.
+    /// First and last epoch of the snapshots, listed or kept, and of the bookmarks; `None` if there are
+    /// none.
+    pub fn lost_span(&self) -> Option<(u64, u64)> {
+        let points = || self.snapshots.keys().chain(self.kept.keys());
+        let epochs = || points().chain(self.bookmarks.keys()).copied();
+        Some((epochs().min()?, epochs().max()?))
+    }
+
+    /// First and last epoch of the snapshots, listed or kept; `None` if there are none.
     pub fn point_span(&self) -> Option<(u64, u64)> {
         let kept = || self.kept.keys().chain(self.bookmarks.keys());
         let epochs = || self.snapshots.keys().chain(kept()).copied();
@@ -503,8 +511,7 @@ impl VolumeEntry {
     /// Whether anything is only right as long as nobody but us changes the source.
     pub fn depended_on(&self) -> bool {
         let good = |b: &BookmarkEntry| b.state == SnapshotState::Active;
-        let points = self.snapshots.len() + self.kept.len();
-        points > 0 || self.bookmarks.values().any(good)
+        self.point_span().is_some() || self.bookmarks.values().any(good)
     }
 }
 

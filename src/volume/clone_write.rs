@@ -199,7 +199,7 @@ impl Writer<'_> {
         let end = offset + new.len() as u64;
         let mut old = vec![0; new.len()];
         let known = view.size.clamp(offset, end);
-        view.read(0, offset, &mut old[..(known - offset) as usize])?;
+        view.read(offset, &mut old[..(known - offset) as usize])?;
         let mut parts: Vec<Range<u64>> = Vec::new();
         for g in grain.cover(offset..end) {
             let span = grain.span(g..g + 1);
@@ -237,7 +237,7 @@ impl Writer<'_> {
             let rest = rest.start..rest.end.min(known);
             if rest.start < rest.end {
                 let at = (rest.start - span.start) as usize..(rest.end - span.start) as usize;
-                view.read(1, rest.start, &mut whole[at])?;
+                view.read(rest.start, &mut whole[at])?;
             }
         }
         let at = (inside.start - span.start) as usize..(inside.end - span.start) as usize;
@@ -278,7 +278,7 @@ impl Writer<'_> {
             let end = offset.checked_add(len).filter(|&end| end <= view.size);
             let end = end.ok_or_else(|| past_the_end(offset, len))?;
             // What reads as a hole is passed over.
-            let Some(next) = view.seek(0, at..end, true)? else {
+            let Some(next) = view.seek(at..end, true)? else {
                 self.shared.check_open()?;
                 return self.clone.writable().map(drop);
             };
@@ -360,10 +360,10 @@ impl Writer<'_> {
         let end = span.end.min(view.size);
         let mut at = span.start;
         while at < end {
-            let Some(data) = view.seek(1, at..end, true)? else {
+            let Some(data) = view.seek(at..end, true)? else {
                 break;
             };
-            let hole = view.seek(1, data..end, false)?.unwrap_or(end);
+            let hole = view.seek(data..end, false)?.unwrap_or(end);
             let grains = grain.cover(data..hole);
             match found.last_mut() {
                 Some(last) if last.end >= grains.start => last.end = last.end.max(grains.end),

@@ -80,7 +80,7 @@ impl OpenClone {
         if end.is_none_or(|end| end > view.size) {
             return Err(Error::new(Kind::Invalid, "a read past the end of a clone"));
         }
-        view.read(0, offset, buf)
+        view.read(offset, buf)
     }
 
     /// Writes; acknowledged when it returns (I2), durable after [`OpenClone::flush`]. Past the end of a
@@ -200,7 +200,7 @@ impl OpenClone {
     /// As [`OpenClone::read_at`].
     pub fn next_data(&self, offset: u64) -> Result<Option<u64>> {
         let view = self.clone.view()?;
-        view.seek(0, offset..view.size, true)
+        view.seek(offset..view.size, true)
     }
 
     /// The first hole at or after an offset; the size counts as one.
@@ -209,7 +209,7 @@ impl OpenClone {
     /// As [`OpenClone::read_at`].
     pub fn next_hole(&self, offset: u64) -> Result<u64> {
         let view = self.clone.view()?;
-        let found = view.seek(0, offset..view.size, false)?;
+        let found = view.seek(offset..view.size, false)?;
         Ok(found.unwrap_or(view.size.max(offset)))
     }
 

@@ -140,8 +140,7 @@ impl Engine {
     /// Forgets a volume; the source stays as it is. Durable when it returns.
     ///
     /// # Errors
-    /// `NotFound`, `Busy` while it has snapshots or clones (bookmarks go along with it), `NoSpace`,
-    /// `Io`.
+    /// `NotFound`, `Busy` while it has snapshots or clones (bookmarks go along with it), `NoSpace`, `Io`.
     pub fn remove_volume(&self, name: &Name) -> Result<()> {
         let shared = &self.shared;
         let _structure = lock(&shared.structure);

@@ -222,12 +222,12 @@ impl View {
         top.ok_or_else(|| Error::new(Kind::Failed, "the clone has no layer"))
     }
 
-    /// Where the bytes at `at` lie, looking from a level down, and how far that holds, at most to
+    /// Where the bytes at `at` lie, and how far that holds, at most to
     /// `limit`, which is above.
-    fn find(&self, from: usize, at: u64, limit: u64) -> Result<(From<'_>, u64)> {
+    fn find(&self, at: u64, limit: u64) -> Result<(From<'_>, u64)> {
         let grain = at / self.grain.bytes();
         let mut limit = limit;
-        for level in self.stack.levels.iter().skip(from) {
+        for level in &self.stack.levels {
             let grains = grain..limit.div_ceil(self.grain.bytes());
             let set = lock(&level.layer.set);
             if set.contains(grain) {
@@ -254,15 +254,15 @@ impl View {
         }
     }
 
-    /// Reads from a level down; the caller has checked the range.
+    /// Reads; the caller has checked the range.
     ///
     /// # Errors
     /// `Failed`, `Damaged`, `Io`.
-    pub fn read(&self, from: usize, offset: u64, buf: &mut [u8]) -> Result<()> {
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let end = offset + buf.len() as u64;
         let mut at = offset;
         while at < end {
-            let (place, stop) = self.find(from, at, end)?;
+            let (place, stop) = self.find(at, end)?;
             let out = &mut buf[(at - offset) as usize..(stop - offset) as usize];
             match place {
                 From::Overlay(overlay) => overlay.read(at, out)?,
@@ -274,16 +274,16 @@ impl View {
         Ok(())
     }
 
-    /// The first data (`want_data`) or hole in a range, looking from a level down.
+    /// The first data (`want_data`) or hole in a range.
     ///
     /// # Errors
     /// As [`View::read`].
-    pub fn seek(&self, from: usize, range: Range<u64>, want_data: bool) -> Result<Option<u64>> {
+    pub fn seek(&self, range: Range<u64>, want_data: bool) -> Result<Option<u64>> {
         let mut at = range.start;
         // The bottom's answer holds until there, however many runs of other layers lie before it.
         let mut base_next: Option<u64> = None;
         while at < range.end {
-            let (place, stop) = self.find(from, at, range.end)?;
+            let (place, stop) = self.find(at, range.end)?;
             let found = match place {
                 From::Overlay(overlay) => overlay.seek(at..stop, want_data)?,
                 From::Zero => (!want_data).then_some(at),

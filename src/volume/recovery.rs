@@ -447,7 +447,7 @@ fn replay(
                 .volumes
                 .iter()
                 .filter_map(|(&id, v)| {
-                    let (first, last) = v.point_span()?;
+                    let (first, last) = v.lost_span()?;
                     Some((id, first, last))
                 })
                 .collect();

@@ -297,6 +297,13 @@ impl Volume {
                 at += len;
             }
         }
+        if !sharing {
+            // What is preserved for an older snapshot than the newest bookmark must be known to have
+            // changed since, should the volume grow again.
+            for run in preserved.ranges_in(vol.grain.cover(end)) {
+                self.shared.track(vol, run)?;
+            }
+        }
         Ok(())
     }
 

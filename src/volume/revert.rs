@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::log::commit::{BATCH_RECORDS_MAX, RESERVE};
+use crate::log::commit::BATCH_RECORDS_MAX;
 use crate::map::GrainSet;
 use crate::units::{Epoch, Name};
 use crate::volume::catalog::{
@@ -396,6 +396,11 @@ impl Volume {
         }
         let mut written = 0;
         for part in parts {
+            // The undo snapshot may be deleted by now, and a bookmark be newer than what is left.
+            for run in part.data.iter().chain(&part.zero) {
+                let grains = self.vol.grain.cover(run.clone());
+                self.shared.track(&self.vol, grains)?;
+            }
             let runs = part.data.iter().chain(&part.zero);
             written += runs.map(|r| r.end - r.start).sum::<u64>();
             self.put(part.start, Change::Bytes(&part.new), &part.data)?;
@@ -459,7 +464,7 @@ impl Volume {
         let needed = bytes
             .saturating_add(batches.saturating_mul(BATCH_OVERHEAD))
             .saturating_add(segments.saturating_mul(catalog + BATCH_OVERHEAD))
-            .saturating_add(RESERVE + shared.log.keep_free());
+            .saturating_add(shared.log.keeps_free());
         let space = shared.env.dir.space();
         let space = space.context(|| "cannot tell the store's free space")?;
         if space.available < needed {

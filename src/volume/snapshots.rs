@@ -354,22 +354,21 @@ pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name, keep: bool) -> R
         false => Record::plain(RecordType::Delete, vol.id, epoch, Vec::new()),
     };
     shared.append_records(vec![record])?;
-    release_point(shared, &vol, epoch, unique, keep);
+    if keep {
+        // Before the point goes: whoever gathers what is needed sees one, the other, or both.
+        vol.state().bookmarks.insert(epoch);
+    }
+    release_point(shared, &vol, epoch, unique);
     Ok(())
 }
 
-/// A snapshot has left the listing: what nothing else keeps is let go. `unique` is what only it needed;
-/// `bookmark` says that a bookmark has taken its place.
-pub fn release_point(shared: &Shared, vol: &Vol, epoch: u64, unique: u64, bookmark: bool) {
+/// A snapshot has left the listing: what nothing else keeps is let go. `unique` is what only it needed.
+pub fn release_point(shared: &Shared, vol: &Vol, epoch: u64, unique: u64) {
     let kept = lock(&shared.catalog)
         .volumes
         .get(&vol.id)
         .is_some_and(|v| v.kept.contains_key(&epoch));
     let mut state = vol.state();
-    if bookmark {
-        // With the point, not after it: whoever gathers what is needed sees one or the other.
-        state.bookmarks.insert(epoch);
-    }
     if kept {
         state.points.entry(epoch).and_modify(|p| *p = Point::Kept);
         return;

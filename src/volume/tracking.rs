@@ -180,9 +180,11 @@ impl Shared {
         for vol in self.all_volumes() {
             let due = {
                 let mut state = vol.state();
-                let oldest = state.bookmarks.first().copied().unwrap_or(u64::MAX);
+                // A snapshot's diff crosses the epoch, too, and it may become a bookmark.
+                let points = state.points.keys().chain(&state.bookmarks);
+                let oldest = points.min().copied().unwrap_or(u64::MAX);
                 let current = state.epoch;
-                // Nobody asks for what is older than every bookmark.
+                // Nobody asks for what is older than every point and bookmark.
                 state.tracking.coarse.retain(|&epoch, _| epoch >= oldest);
                 let due = state.tracking.coarse.range(..current);
                 due.map(|(&epoch, chunks)| (epoch, chunks.clone()))

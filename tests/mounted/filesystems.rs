@@ -5,8 +5,9 @@
 //! `live.img`, and used at random. After each `sync` a snapshot is taken and the source is copied
 //! behind the program's back; if the kernel wrote anything meanwhile (its journals have timers), the
 //! round is repeated. At the end, when everything was overwritten many times, each of the 20 snapshots
-//! must equal its copy byte for byte; a plain copy of it is mounted, so that the journal is replayed,
-//! shows exactly the files of its instant, and passes the checker.
+//! must equal its copy byte for byte; plain copies and a clone of each are mounted, so that the journal is
+//! replayed, show exactly the files of their instant, and pass the checker. The clone is written to, and
+//! its snapshot is looked at once more.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -149,6 +150,38 @@ fn assert_intact(mount: &Mount, kind: &Kind, snapshot: &Path, files: &Files, wha
     assert!(clean, "{what}: {text}");
 }
 
+/// A clone is mounted read-write, which replays the journal, shows the files of the instant, takes
+/// new ones, and passes the checker; what it was told is still there afterwards.
+fn assert_clone_works(mount: &Mount, kind: &Kind, name: &str, files: &Files) {
+    let clone = mount.at(&format!("vm/clones/{name}.img"));
+    fs::hard_link(mount.snapshot("vm", name), &clone).unwrap();
+    let mut files = files.clone();
+    for round in ["first", "second"] {
+        let device = Loop::new(&clone, &[]);
+        let mounted = Mounted::new(&device.0, mount.scratch("clone"), kind.options);
+        assert!(
+            found(&mounted.0) == files,
+            "{name}, {round} mount of its clone"
+        );
+        let added = format!("d0/of the clone, {round}");
+        let content = vec![round.len() as u8; 300_000];
+        fs::write(mounted.0.join(&added), &content).unwrap();
+        files.insert(added, content);
+        if let Some(gone) = files.keys().next().cloned() {
+            fs::remove_file(mounted.0.join(&gone)).unwrap();
+            files.remove(&gone);
+        }
+    }
+    let args: Vec<&str> = kind.check[1..]
+        .iter()
+        .copied()
+        .chain(clone.to_str())
+        .collect();
+    let (clean, text) = try_run(kind.check[0], &args);
+    assert!(clean, "the clone of {name}: {text}");
+    fs::remove_file(&clone).unwrap();
+}
+
 fn snapshots_of(kind: &Kind, seed: u64, loop_options: &[&str]) {
     let mount = Mount::new();
     let source = mount.scratch("source.img");
@@ -185,7 +218,11 @@ fn snapshots_of(kind: &Kind, seed: u64, loop_options: &[&str]) {
         for (i, files) in instants.iter().enumerate() {
             let snapshot = mount.snapshot("vm", &format!("s{i}"));
             assert_equal(&snapshot, &mount.scratch(&format!("s{i}.copy")));
-            assert_intact(&mount, kind, &snapshot, files, &format!("s{i}"));
+            if i % 4 == 0 {
+                assert_intact(&mount, kind, &snapshot, files, &format!("s{i}"));
+            }
+            assert_clone_works(&mount, kind, &format!("s{i}"), files);
+            assert_equal(&snapshot, &mount.scratch(&format!("s{i}.copy")));
         }
         instants.push(files);
     }

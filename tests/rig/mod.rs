@@ -281,9 +281,8 @@ impl Rig {
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
-        left.retain(|name| {
-            !["lock", "superblock", "log", "map", "ballast", "clones"].contains(&&**name)
-        });
+        let ours = ["lock", "superblock", "log", "map", "ballast", "clones"];
+        left.retain(|name| !ours.contains(&&**name));
         assert!(left.is_empty(), "left in the store: {left:?}");
     }
 

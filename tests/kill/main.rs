@@ -8,12 +8,15 @@
 //!
 //! Method: buffered, O_DIRECT and O_DSYNC writers own the pages of two volumes whose sizes are no
 //! multiple of the grain, and stamp them with numbers that only grow, or punch them. One thread takes,
-//! renames, removes and reads snapshots. Then the daemon dies, and everything is compared.
+//! renames, removes and reads snapshots, one more works alone on a volume of its own ([`reshape`]). Then
+//! the daemon dies, and everything is compared.
 //! `STILLFRAME_KILLS` and `STILLFRAME_KILL_SEED` choose a longer run or repeat a seed's choices
 //! (threads interleave as they like).
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod reshape;
+#[path = "../rig/mod.rs"]
 mod rig;
 
 use std::collections::{BTreeMap, HashSet};
@@ -29,6 +32,7 @@ use std::time::{Duration, Instant};
 use stillframe::sys::disk::Disk;
 use stillframe::sys::file::FileDisk;
 
+use reshape::Shape;
 use rig::{Chance, Rig, Running, setting, signal, touch};
 
 const PAGE: u64 = 4096;
@@ -174,6 +178,7 @@ struct Model {
     next_name: u64,
     seed: u64,
     counts: BTreeMap<&'static str, u64>,
+    shape: Shape,
 }
 
 /// A piece of load either works or is cut off by the kill.
@@ -300,6 +305,7 @@ impl Model {
             next_name: 0,
             seed,
             counts: BTreeMap::new(),
+            shape: Shape::new(seed),
         }
     }
 
@@ -459,6 +465,7 @@ impl Model {
             self.compare(&key, &bytes);
             self.count("compared");
         }
+        self.shape.verify(rig);
     }
 
     /// What was not answered was done or not, whole.
@@ -519,8 +526,18 @@ fn load(model: &mut Model, rig: &mut Rig, chance: &mut Chance, length: Duration,
                 scope.spawn(move || write(load, board, writer, chance));
             }
         }
+        let Model { shape, .. } = model;
+        let mut aside = std::mem::replace(shape, Shape::new(0));
+        let shaping = Chance(chance.next());
+        let shaper = scope.spawn(move || {
+            aside.work(load, shaping);
+            aside
+        });
         let chance = Chance(chance.next());
-        scope.spawn(move || model.work_with_snapshots(load, chance));
+        let keeper = scope.spawn(|| {
+            model.work_with_snapshots(load, chance);
+            model
+        });
         std::thread::sleep(length);
         match kill {
             true => {
@@ -529,6 +546,8 @@ fn load(model: &mut Model, rig: &mut Rig, chance: &mut Chance, length: Duration,
             }
             false => over.store(true, Ordering::SeqCst),
         }
+        let model = keeper.join().expect("its panic is above");
+        model.shape = shaper.join().expect("its panic is above");
     });
     if kill {
         rig.kill();
@@ -571,6 +590,7 @@ fn compare_sources(model: &Model, rig: &Rig) {
         let what = format!("seed {}: the source", model.seed);
         board.check(&bytes, &known, &known, &what);
     }
+    model.shape.compare_source(rig);
 }
 
 #[test]
@@ -594,6 +614,8 @@ fn nothing_acknowledged_is_lost_when_the_daemon_is_killed() {
             rig.ok(&["volume", "add", name, source, "--grain", grain]);
         }
     }
+    let source = rig.source(reshape::NAME, reshape::SIZE);
+    rig.ok(&["volume", "add", reshape::NAME, source.to_str().unwrap()]);
     let mut model = Model::new(seed);
     let (start, mut longest) = (Instant::now(), Duration::ZERO);
     for kill in 1..=kills {
@@ -613,7 +635,11 @@ fn nothing_acknowledged_is_lost_when_the_daemon_is_killed() {
             model.verify(&rig, &mut chance);
             model.count("clean stop");
         }
-        let pause = Duration::from_micros(chance.below(150_000));
+        let mut pause = Duration::from_micros(chance.below(150_000));
+        if chance.below(12) == 0 {
+            // Long enough for reclaim and checkpoints, which come once a second.
+            pause += Duration::from_millis(1200);
+        }
         load(&mut model, &mut rig, &mut chance, pause, true);
         model.count("killed under load");
         if chance.below(8) == 0 {
@@ -645,6 +671,7 @@ fn nothing_acknowledged_is_lost_when_the_daemon_is_killed() {
         start.elapsed(),
         model.counts
     );
+    println!("{:?}", model.shape.counts);
     // A run in which nothing was at stake proves nothing.
     let count = |what| model.counts.get(what).copied().unwrap_or(0);
     assert!(
@@ -652,6 +679,21 @@ fn nothing_acknowledged_is_lost_when_the_daemon_is_killed() {
         "{:?}",
         model.counts
     );
+    let shaped = |what| model.shape.counts.get(what).copied().unwrap_or(0);
+    for what in [
+        "cloned",
+        "clone of a clone",
+        "clone written",
+        "bookmarked",
+        "reverted",
+        "resized",
+    ] {
+        assert!(
+            shaped(what) > kills / 20,
+            "{what}: {:?}",
+            model.shape.counts
+        );
+    }
     let written: u64 = model
         .boards
         .iter()
