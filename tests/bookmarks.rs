@@ -15,46 +15,25 @@
     reason = "a test that cannot set its stage has failed"
 )]
 
+mod rig;
+#[path = "rig/sim.rs"]
+mod sim;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use stillframe::error::{Error, Kind, Result};
+use stillframe::error::{Kind, Result};
 use stillframe::map::memory::MemoryIndexHome;
-use stillframe::sys::disk::Disk;
 use stillframe::sys::sim::SimWorld;
 use stillframe::units::{Grain, Name};
-use stillframe::volume::{
-    Engine, Environment, OnFull, Settings, SnapshotState, Sources, VolumeOptions, Zeroing,
-};
+use stillframe::volume::{Engine, OnFull, Settings, SnapshotState, VolumeOptions, Zeroing};
+
+use rig::Chance;
+use sim::environment;
 
 const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
-
-struct SimSources(SimWorld);
-
-impl Sources for SimSources {
-    fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
-        let disk = self.0.disk(path);
-        Ok(disk.ok_or_else(|| Error::new(Kind::NotFound, format!("no {path}")))?)
-    }
-}
-
-struct Chance(u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 /// A digest of the content by sector; an absent one is zero.
 type Content = BTreeMap<u64, u64>;
@@ -110,15 +89,6 @@ fn settings() -> Settings {
         segment_bytes: MIB,
         checkpoint_bytes: 512 << 10,
         ..Settings::default()
-    }
-}
-
-fn environment(world: &SimWorld, index: &MemoryIndexHome) -> Environment {
-    Environment {
-        dir: world.dir("store"),
-        index: Arc::new(index.clone()),
-        sources: Arc::new(SimSources(world.clone())),
-        clock: Arc::new(world.clock()),
     }
 }
 

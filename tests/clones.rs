@@ -15,47 +15,25 @@
     reason = "a test that cannot set its stage has failed"
 )]
 
+mod rig;
+#[path = "rig/sim.rs"]
+mod sim;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use stillframe::error::{Error, Kind, Result};
+use stillframe::error::{Kind, Result};
 use stillframe::map::memory::MemoryIndexHome;
-use stillframe::sys::disk::Disk;
 use stillframe::sys::sim::{Op, SimWorld};
 use stillframe::units::{Grain, Name};
-use stillframe::volume::{
-    Engine, Environment, OpenClone, Settings, SnapshotState, Sources, VolumeOptions, Zeroing,
-};
+use stillframe::volume::{Engine, OpenClone, Settings, SnapshotState, VolumeOptions, Zeroing};
+
+use rig::Chance;
+use sim::environment;
 
 const MIB: u64 = 1 << 20;
 const SIZES: [(u64, u64); 2] = [(256 << 10, 4096), ((300 << 10) + 777, 16384)];
-
-struct SimSources(SimWorld);
-
-impl Sources for SimSources {
-    fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
-        let disk = self.0.disk(path);
-        let disk = disk.ok_or_else(|| Error::new(Kind::NotFound, format!("no {path}")))?;
-        Ok(disk)
-    }
-}
-
-struct Chance(u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 /// Something that is read and written.
 #[derive(Clone)]
@@ -138,15 +116,6 @@ fn settings() -> Settings {
         segment_bytes: 2 * MIB,
         checkpoint_bytes: MIB,
         ..Settings::default()
-    }
-}
-
-fn environment(world: &SimWorld, index: &MemoryIndexHome) -> Environment {
-    Environment {
-        dir: world.dir("store"),
-        index: Arc::new(index.clone()),
-        sources: Arc::new(SimSources(world.clone())),
-        clock: Arc::new(world.clock()),
     }
 }
 
@@ -1156,6 +1125,7 @@ fn what_was_lost_with_a_part_of_the_log_fails_the_clones_of_that_time() {
             if grain == 30 {
                 // Only the catalogue of the clean stop will know of it.
                 s.engine.clone_clone(&v, &name("c"), &name("d")).unwrap();
+                s.engine.take_snapshots(&[(v.clone(), name("m"))]).unwrap();
             }
         }
         clone.flush().unwrap();
@@ -1182,6 +1152,14 @@ fn what_was_lost_with_a_part_of_the_log_fails_the_clones_of_that_time() {
                 let written = clone.write_at(0, &[0; 4096], false).map_err(|e| e.kind());
                 let expected = if lost { Err(Kind::Failed) } else { Ok(()) };
                 assert_eq!((read, written), (expected, expected));
+            }
+            for (snapshot, lost) in [("s", true), ("m", true), ("t", false)] {
+                let state = s.engine.snapshot(&v, &name(snapshot)).unwrap().state;
+                assert_eq!(
+                    matches!(state, SnapshotState::Failed(_)),
+                    lost,
+                    "{snapshot}"
+                );
             }
             // It stays so.
             match power {

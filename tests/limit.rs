@@ -206,6 +206,19 @@ fn the_overlays_of_clones_count() {
     assert!(store.engine.thin().unwrap().used <= LIMIT);
 }
 
+/// What does not fit below the limit is not begun.
+#[test]
+fn a_revert_beyond_the_limit_is_refused_before_it_begins() {
+    let mut store = Store::new(OnFull::FailWrite);
+    store.take("a");
+    store.write_from(0);
+    let mut none = |_: u64, _: u64| panic!("it has begun");
+    let refused = store.engine.revert_volume(&n("v"), &n("a"), &mut none);
+    assert_eq!(refused.unwrap_err().kind(), Kind::NoSpace);
+    let left = store.engine.snapshots(&n("v")).unwrap();
+    assert!(left.len() == 1 && store.live() == store.content);
+}
+
 #[test]
 fn a_limit_belongs_to_the_run_not_to_the_store() {
     let mut store = Store::new(OnFull::FailWrite);

@@ -16,6 +16,8 @@
     reason = "a test that cannot set its stage has failed"
 )]
 
+mod rig;
+
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -31,6 +33,8 @@ use stillframe::volume::{
     Engine, Environment, OnFull, Settings, Snapshot, SnapshotState, Sources, Volume, VolumeOptions,
     VolumeState, Zeroing,
 };
+
+use rig::Chance;
 
 const MIB: u64 = 1 << 20;
 const DEVICE: u64 = 1536 << 10;
@@ -89,22 +93,6 @@ impl Sources for SimSources {
             true => Arc::new(Device(disk)),
             false => disk,
         })
-    }
-}
-
-struct Chance(u64);
-
-impl Chance {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
     }
 }
 

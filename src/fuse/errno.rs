@@ -101,6 +101,7 @@ mod tests {
             (Kind::Damaged, Errno::EIO),
             (Kind::Failed, Errno::EIO),
             (Kind::Unsupported, Errno::EOPNOTSUPP),
+            (Kind::Limit, Errno::from_i32(EDQUOT)),
             (Kind::Interrupted, Errno::EINTR),
             (Kind::Io, Errno::EIO),
         ];

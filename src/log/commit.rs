@@ -496,10 +496,13 @@ impl Log {
     pub fn allocated(&self) -> Result<u64> {
         let mut bytes = 0;
         for number in self.segments()? {
-            bytes += self
-                .segment(number)?
-                .allocated()
-                .context(|| "cannot stat a segment")?;
+            let segment = match self.segment(number) {
+                Ok(segment) => segment,
+                // Removed since the listing: it uses nothing.
+                Err(e) if e.kind() == Kind::NotFound => continue,
+                Err(e) => return Err(e),
+            };
+            bytes += segment.allocated().context(|| "cannot stat a segment")?;
         }
         Ok(bytes)
     }
@@ -836,13 +839,16 @@ fn begin(
     of_spare: bool,
 ) -> std::result::Result<Arc<dyn Disk>, (io::Error, bool)> {
     let dir = &config.dir;
-    let file = match of_spare {
-        true => dir
-            .rename(SPARE, name)
-            .and_then(|()| dir.open(name, Open::Write)),
-        false => dir.open(name, Open::Create),
+    let opened = match of_spare {
+        true => {
+            dir.rename(SPARE, name).map_err(|e| (e, false))?;
+            // The name is taken from here on.
+            let opened = dir.open(name, Open::Write).map_err(|e| (e, true));
+            opened.inspect_err(|_| drop(dir.remove(name)))
+        }
+        false => dir.open(name, Open::Create).map_err(|e| (e, false)),
     };
-    let file = file.map_err(|e| (e, false))?;
+    let file = opened?;
     let started = HEAD_AT
         .iter()
         .try_for_each(|&at| file.write_all_at(at, &[sector]))

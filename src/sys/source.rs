@@ -278,6 +278,12 @@ mod tests {
         assert_eq!(text(libc::EIO).kind(), Kind::Io);
     }
 
+    /// Where everything is to be tested this is a failure.
+    fn skipped(test: &str, why: &str) {
+        assert!(std::env::var_os("STILLFRAME_CI").is_none(), "{test}: {why}");
+        eprintln!("SKIPPED {test}: {why}");
+    }
+
     #[test]
     fn a_source_inside_a_mount_of_ours_is_refused() {
         let temp = tempfile::tempdir().unwrap();
@@ -288,11 +294,10 @@ mod tests {
         let connection = match mount_fuse(&mountpoint, &source, false) {
             Ok(connection) => connection,
             Err(e) => {
-                eprintln!(
-                    "SKIPPED a_source_inside_a_mount_of_ours_is_refused: {}",
-                    e.chain()
+                return skipped(
+                    "a_source_inside_a_mount_of_ours_is_refused",
+                    &e.chain().to_string(),
                 );
-                return;
             }
         };
         // Nobody serves this mount: whoever asked it would wait for ever.
@@ -321,8 +326,7 @@ mod tests {
             .arg(&image)
             .output();
         let Some(output) = losetup.ok().filter(|output| output.status.success()) else {
-            eprintln!("SKIPPED a_device_is_claimed_once: cannot make a loop device");
-            return;
+            return skipped("a_device_is_claimed_once", "cannot make a loop device");
         };
         let device = String::from_utf8(output.stdout).unwrap().trim().to_owned();
         let outcome = std::panic::catch_unwind(|| {

@@ -1,6 +1,7 @@
 //! Changes of a live volume as a whole: revert and resize, and who must hear of them.
 //!
-//! Promises: a revert is refused while `live.img` is open for writing, unless it is forced; after
+//! Promises: a revert is refused while `live.img` is open for writing, unless it is forced (a handle
+//! that is closed within [`LET_GO`] does not count); after
 //! either change, whoever watches is told which nodes are not what they were, so that a cache above
 //! can forget what it knows.
 //!
@@ -8,6 +9,8 @@
 //! then are made to the reverted volume.
 
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::Kind;
 use crate::tree::Tree;
@@ -15,6 +18,10 @@ use crate::tree::node::live_node;
 use crate::tree::types::{NodeId, Result, TreeError};
 use crate::units::Name;
 use crate::volume::{Reverted, VolumeInfo};
+
+/// How long a handle may still count after it was closed: the kernel tells of it later.
+const LET_GO: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 type Watcher = Box<dyn Fn(NodeId) + Send + Sync>;
 
@@ -80,7 +87,12 @@ impl Tree {
 
     fn live_unless_written(&self, volume: &Name, matters: bool, what: &str) -> Result<NodeId> {
         let node = live_node(self.engine.volume(volume)?.info().ino_base);
-        if matters && self.handles.has_writers(node) {
+        let end = Instant::now() + LET_GO;
+        while matters && self.handles.has_writers(node) {
+            if Instant::now() < end {
+                thread::sleep(LOOK_AGAIN);
+                continue;
+            }
             let why = format!(
                 "cannot {what} volume '{volume}' while somebody has its live.img open for writing"
             );

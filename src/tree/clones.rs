@@ -8,7 +8,7 @@ use crate::error::Kind;
 use crate::image::clone::CloneImage;
 use crate::tree::Tree;
 use crate::tree::directory::{Images, image_name};
-use crate::tree::file::{open_image, writable};
+use crate::tree::file::{may_open, open_image, writable};
 use crate::tree::handle::{Content, Handle};
 use crate::tree::node::{Node, VolumeNode};
 use crate::tree::types::{Attr, Caching, HandleId, NodeId, OpenFlags, Opened, Result, TreeError};
@@ -83,6 +83,8 @@ impl Tree {
         name: Name,
         flags: OpenFlags,
     ) -> Result<(Attr, Opened)> {
+        // Before anything is made: a refusal leaves nothing behind.
+        may_open(flags)?;
         let volume = &volume.info.name;
         let info = self.engine.clone_empty(volume, &name)?;
         let content = Content::Clone(CloneImage::new(self.engine.open_clone(volume, &name)?));

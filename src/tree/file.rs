@@ -1,8 +1,9 @@
 //! Operations on open files: read, write, flush, space changes, seeking for data and holes.
 //!
 //! A file answers like a disk of fixed size: reading stops at the end, a write is cut there, a
-//! write that begins there is refused. A clone that still grows is the exception: it gets larger. What was written through a handle is durable when a sync
-//! of any handle, or the flush of that handle, has returned `Ok` (T5).
+//! write that begins there is refused. A clone that still grows is the exception: it gets larger. What
+//! was written through a handle is durable when a sync of any handle, or the flush of that handle, has
+//! returned `Ok` (T5).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -333,11 +334,17 @@ impl ImageHandle {
     }
 }
 
-pub(super) fn open_image(content: Content, node: NodeId, flags: OpenFlags) -> Result<Handle> {
+/// Refuses what no image can be opened for.
+pub(super) fn may_open(flags: OpenFlags) -> Result<()> {
     if flags.append {
         let why = "an image has a fixed size: nothing can be appended";
         return Err(TreeError::new(Kind::Permission, why));
     }
+    Ok(())
+}
+
+pub(super) fn open_image(content: Content, node: NodeId, flags: OpenFlags) -> Result<Handle> {
+    may_open(flags)?;
     // O_TRUNC without write access is unspecified by POSIX and has nothing to say here.
     let truncates = flags.truncate && flags.write;
     let emptied = match content.growing() {

@@ -46,7 +46,7 @@ impl Tree {
         Ok(names)
     }
 
-    /// Sets an attribute: only [`REVERT`] of `live.img` does something. It returns when that is done
+    /// Sets an attribute: only the revert attribute of `live.img` does something. It returns when that is done
     /// and durable.
     ///
     /// # Errors

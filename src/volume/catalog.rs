@@ -472,6 +472,13 @@ impl VolumeEntry {
             .map(|(_, snap)| snap)
     }
 
+    /// Whether an epoch is that of a snapshot, listed or kept, or of a bookmark.
+    pub fn has_epoch(&self, epoch: u64) -> bool {
+        self.snapshots.contains_key(&epoch)
+            || self.kept.contains_key(&epoch)
+            || self.bookmarks.contains_key(&epoch)
+    }
+
     /// First and last epoch of the snapshots, listed or kept, and of the bookmarks; `None` if there are
     /// none.
     pub fn lost_span(&self) -> Option<(u64, u64)> {

@@ -491,7 +491,12 @@ impl Shared {
             let overlay = &top.layer.overlay;
             // Behind the end there may be what was cut off, or was about to make the clone longer.
             if overlay.check().is_ok() {
-                overlay.zero_from(size)?;
+                if let Err(e) = overlay.zero_from(size) {
+                    // The store opens without this one.
+                    let why = format!("what lies behind its end stays: {}", e.chain());
+                    tracing::error!(clone = clone.id, "{why}");
+                    clone.state().broken.get_or_insert(why);
+                }
                 // An error stays with the overlay, whose clone then says so.
                 let _ = overlay.sync();
             }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::disk::{Dir, Disk, Open};
@@ -104,6 +104,9 @@ pub struct Overlay {
     /// Pieces that have a file.
     known: Mutex<BTreeSet<u64>>,
     files: Mutex<BTreeMap<u64, Arc<dyn Disk>>>,
+    /// Writers share it; who sets a file's size excludes them: a size that was looked at before
+    /// another write made the file longer would cut that off.
+    sizes: RwLock<()>,
     dirty: Mutex<Dirty>,
     /// Held during a sync; the number of the last good one.
     synced: Mutex<u64>,
@@ -127,6 +130,7 @@ impl Overlay {
             piece_bytes,
             known: Mutex::new(known),
             files: Mutex::default(),
+            sizes: RwLock::new(()),
             dirty: Mutex::default(),
             synced: Mutex::new(0),
             syncs_started: AtomicU64::new(0),
@@ -235,7 +239,9 @@ impl Overlay {
         for (piece, part, at) in self.parts(offset..offset + data.len() as u64) {
             let disk = self.written(piece)?;
             let data = &data[at..at + (part.end - part.start) as usize];
+            let sizes = self.sizes.read().unwrap_or_else(PoisonError::into_inner);
             let done = disk.write_all_at(part.start, &[data]);
+            drop(sizes);
             // After the write: a sync that began before it must not clear this.
             lock(&self.dirty).pieces.insert(piece);
             done.context(|| format!("cannot write overlay {}", self.layer))?;
@@ -258,7 +264,10 @@ impl Overlay {
             }
             if part.end > size && done.is_ok() {
                 // What a layer holds always lies inside the file: a file that was cut is noticed.
-                done = disk.set_size(part.end);
+                let _sizes = self.sizes.write().unwrap_or_else(PoisonError::into_inner);
+                if disk.size().context(context)? < part.end {
+                    done = disk.set_size(part.end);
+                }
             }
             lock(&self.dirty).pieces.insert(piece);
             done.context(context)?;
@@ -306,11 +315,14 @@ impl Overlay {
         if *synced > started {
             return Ok(());
         }
+        // Counted before it is taken what is to be synced: who still saw the old count has made its
+        // files dirty before, so they are among them.
+        let number = self.syncs_started.fetch_add(1, Ordering::AcqRel) + 1;
         let dirty = std::mem::take(&mut *lock(&self.dirty));
         if dirty.pieces.is_empty() && !dirty.names {
+            *synced = number;
             return Ok(());
         }
-        let number = self.syncs_started.fetch_add(1, Ordering::AcqRel) + 1;
         match self.sync_files(&dirty) {
             Ok(()) => {
                 *synced = number;
@@ -531,6 +543,27 @@ mod tests {
         assert_eq!(o.sync().unwrap_err().kind(), Kind::Failed);
         assert_eq!(o.write(0, &[1; 4096]).unwrap_err().kind(), Kind::Failed);
         assert_eq!(o.zero(0..1).unwrap_err().kind(), Kind::Failed);
+    }
+
+    #[test]
+    fn zeros_behind_the_end_cut_off_no_other_write() {
+        let world = SimWorld::new(1);
+        let o = overlay(&world);
+        for piece in 0..1000 {
+            let at = piece * PIECE;
+            let start = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    o.write(at + 8192, &[7; 4096]).unwrap();
+                });
+                start.wait();
+                o.zero(at..at + 4096).unwrap();
+            });
+            let mut back = [0; 4096];
+            o.read(at + 8192, &mut back).unwrap();
+            assert!(back == [7; 4096], "piece {piece}");
+        }
     }
 
     #[test]

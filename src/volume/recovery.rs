@@ -6,7 +6,7 @@
 //!
 //! The map is taken only if it is this store's and does not lead the log; otherwise it is rebuilt.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -28,7 +28,9 @@ use crate::volume::layers::Clones;
 use crate::volume::live::Volume;
 use crate::volume::overlay::Home;
 use crate::volume::reclaim;
-use crate::volume::shared::{Point, Shared, Vol, VolState, compare, lock, to_publish};
+use crate::volume::shared::{
+    Point, Shared, Vol, VolState, compare, lock, to_publish, unreadable_layer,
+};
 use crate::volume::space::{Waiting, apply_marks, has_room_for_map, make_room_for_map};
 use crate::volume::thin::Thin;
 
@@ -370,6 +372,7 @@ fn replay(
     // Every segment begins with a CATALOG. Before one was read, records have nothing to apply to.
     let mut have_catalog = false;
     let mut lost: Vec<Lost> = Vec::new();
+    let mut unreadable: BTreeMap<u32, Lsn> = BTreeMap::new();
     let (mut scanned_segment, mut adjoins) = (u32::MAX, false);
     let scanned = scan.run(&mut |event| match event {
         Event::Batch {
@@ -380,14 +383,19 @@ fn replay(
             ..
         } => {
             for record in records {
+                if let Some(layer) = unreadable_layer(record) {
+                    tracing::error!(layer, ?lsn, "a BITMAP of a layer cannot be read");
+                    unreadable.insert(layer, lsn);
+                }
                 if record.kind == RecordType::Catalog {
                     match read_catalog(dir, keys, record, place)? {
                         Some(read) => {
                             if let Some(loss) = lost.last_mut() {
-                                // Clones that were made in what was lost are first heard of here.
+                                // What was made in what was lost is first heard of here.
                                 let known = |id: &u32| catalog.clones.contains_key(id);
                                 let made = read.clones.keys().filter(|id| !known(id));
                                 loss.clones.extend(made.copied());
+                                loss.snapshots.extend(first_heard_of(&catalog, &read));
                             }
                             catalog = read;
                             have_catalog = true;
@@ -411,6 +419,7 @@ fn replay(
                 // Not once something was found lost: recovery must find it again until it is noted.
                 // Without room all of it stays in memory until there is some.
                 if lost.is_empty()
+                    && unreadable.is_empty()
                     && map.pending() > settings.map_cache_bytes
                     && has_room_for_map(env, map.pending())
                 {
@@ -460,6 +469,17 @@ fn replay(
             Ok(())
         }
     })?;
+    for (layer, lsn) in unreadable {
+        let clones = catalog.clones.iter();
+        let clones =
+            clones.filter(|(_, c)| catalog.chain(c.top).iter().any(|&(id, _)| id == layer));
+        lost.push(Lost {
+            first: lsn,
+            last: lsn,
+            snapshots: Vec::new(),
+            clones: clones.map(|(&id, _)| id).collect(),
+        });
+    }
     let leads = applied_lsn.0 > scanned.tail.lsn;
     if leads || (!have_catalog && scanned.number_max > 0) {
         return Ok(None);
@@ -475,6 +495,22 @@ fn replay(
         rebuilt,
         applied_segment,
     }))
+}
+
+/// Snapshots and bookmarks, each as (volume, epoch, epoch), that a catalogue has and the one before
+/// it, after which a part of the log is lost, has not.
+fn first_heard_of(before: &Catalog, read: &Catalog) -> Vec<(u32, u64, u64)> {
+    let mut made = Vec::new();
+    for (&id, volume) in &read.volumes {
+        let known = before.volumes.get(&id);
+        let epochs = volume.snapshots.keys().chain(volume.kept.keys());
+        for &epoch in epochs.chain(volume.bookmarks.keys()) {
+            if !known.is_some_and(|known| known.has_epoch(epoch)) {
+                made.push((id, epoch, epoch));
+            }
+        }
+    }
+    made
 }
 
 /// The catalogue in a CATALOG's payload; `None` if it is damaged (an older one then stands, and what

@@ -31,8 +31,12 @@ use crate::volume::resize::Claim;
 use crate::volume::shared::lock;
 use crate::volume::{reclaim, snapshots};
 
-/// Runs of grains that are preserved with one batch, besides its limit in bytes.
-const RUNS_MAX: usize = BATCH_RECORDS_MAX / 4;
+/// Bytes of grains that are preserved with one batch: each batch waits for a sync, so a revert takes
+/// larger ones than writers do. Its memory is three times as much.
+const GROUP_BYTES: u64 = 4 * PIECE_MAX;
+/// Runs of grains that are preserved with one batch. Grain by grain, records and their copy stay far
+/// below the limit of a commit block.
+const RUNS_MAX: usize = BATCH_RECORDS_MAX;
 /// Bytes of an undo snapshot's name.
 const NAME_MAX: usize = 200;
 /// Bytes of the log that a preserved grain takes besides its content, at most: its checksum and, if no
@@ -306,7 +310,7 @@ impl Volume {
         let total = total.sum::<u64>() * grain;
         let (mut seen, mut written) = (0, 0);
         let mut group: Vec<Range<u64>> = Vec::new();
-        let mut room = PIECE_MAX;
+        let mut room = GROUP_BYTES;
         progress(0, total);
         for run in set.ranges_in(within) {
             let mut at = run.start;
@@ -322,7 +326,7 @@ impl Volume {
                 if room < grain || group.len() == RUNS_MAX {
                     written += self.apply(&target, &group)?;
                     seen += group.drain(..).map(|r| r.end - r.start).sum::<u64>() * grain;
-                    room = PIECE_MAX;
+                    room = GROUP_BYTES;
                     progress(seen, total);
                 }
             }
@@ -458,7 +462,7 @@ impl Volume {
             grains += (here - size).min(held).div_ceil(grain) + 1;
         }
         let bytes = grains.saturating_mul(grain + GRAIN_OVERHEAD);
-        let batches = bytes / PIECE_MAX * 2 + runs / RUNS_MAX as u64 + 2;
+        let batches = bytes / GROUP_BYTES * 2 + runs / RUNS_MAX as u64 + 2;
         let segments = bytes / (shared.settings.segment_bytes / 2) + 1;
         let catalog = shared.current_catalog(false).encode().len() as u64;
         let needed = bytes
@@ -467,13 +471,18 @@ impl Volume {
             .saturating_add(shared.log.keeps_free());
         let space = shared.env.dir.space();
         let space = space.context(|| "cannot tell the store's free space")?;
-        if space.available < needed {
+        let available = match shared.settings.limit_bytes {
+            Some(limit) => limit
+                .saturating_sub(shared.thin_used()?)
+                .min(space.available),
+            None => space.available,
+        };
+        if available < needed {
             return Err(Error::new(
                 Kind::NoSpace,
                 format!(
-                    "a revert may preserve up to {needed} bytes and the store has {} bytes of space; \
-                     nothing has changed",
-                    space.available
+                    "a revert may preserve up to {needed} bytes and the store has {available} bytes \
+                     of space; nothing has changed"
                 ),
             ));
         }

@@ -12,7 +12,7 @@ use crate::map::{ExtentMap, GrainSet, Publish, Published};
 use crate::sys::disk::{Disk, Identity};
 use crate::units::{Epoch, Grain, Lsn, Name, Place, Uuid, VolumeId};
 use crate::volume::catalog::{Catalog, Trust, VolumeEntry};
-use crate::volume::clone_records::layer_volume;
+use crate::volume::clone_records::{LAYER_BIT, layer_volume};
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
 use crate::volume::layers::Clones;
 use crate::volume::range_lock::RangeLock;
@@ -391,13 +391,25 @@ fn only_replayed(record: &Record) -> bool {
     record.kind == RecordType::Bitmap || record.is_intent()
 }
 
+/// The layer of a BITMAP that does not say which grains lie in it.
+pub fn unreadable_layer(record: &Record) -> Option<u32> {
+    if record.kind != RecordType::Bitmap || record.volume & LAYER_BIT == 0 {
+        return None;
+    }
+    let bits = record.bitmap_bits();
+    let read = bits.and_then(|(bits, _)| GrainSet::from_chunk_bytes(record.first, bits));
+    read.is_none().then_some(record.volume & !LAYER_BIT)
+}
+
 fn bitmap_to_publish(record: &Record, batch: Place) -> Option<Publish> {
     let (bits, complete) = record.bitmap_bits()?;
-    // What cannot be read says that all of it changed: too much, never too little.
-    let bits = GrainSet::from_chunk_bytes(record.first, bits).unwrap_or_else(|| {
-        let all = record.first..record.first + u64::from(record.count);
-        std::iter::once(all).collect()
-    });
+    let bits = match GrainSet::from_chunk_bytes(record.first, bits) {
+        Some(bits) => bits,
+        // Neither all nor nothing is safe to say of a layer: recovery fails its clones.
+        None if record.volume & LAYER_BIT != 0 => return None,
+        // What cannot be read says that all of it changed: too much, never too little.
+        None => std::iter::once(record.first..record.first + u64::from(record.count)).collect(),
+    };
     Some(Publish {
         volume: VolumeId(record.volume),
         epoch: Epoch(record.epoch),

@@ -142,7 +142,8 @@ impl Shared {
     }
 
     /// The volume's policy after the wait: `Err` gives the writer the error; `Ok` means that every
-    /// snapshot which needed these grains is durably failed, and the write may go on.
+    /// snapshot which needed these grains is durably failed, or that a revert has begun which needs
+    /// them: the writer tries again, and waits for it.
     ///
     /// # Errors
     /// `NoSpace` under `fail-write`; under `fail-snapshot` only if not even the mark can be written.
@@ -153,6 +154,11 @@ impl Shared {
                 // No snapshot is half taken while this is held: the mark covers whole ones only.
                 let _structure = lock(&self.structure);
                 self.check_open()?;
+                let entry = lock(&self.catalog).volumes.get(&vol.id).cloned();
+                if entry.is_some_and(|entry| entry.reverting.is_some()) {
+                    // Without its two snapshots it could go neither on nor back.
+                    return Ok(());
+                }
                 let after = self.map.oldest_preserved(vol.id(), grains);
                 let first = after.map_or(0, |epoch| epoch.0 + 1);
                 let last = vol.state().epoch;
@@ -377,5 +383,73 @@ pub fn apply_marks(shared: &Shared) {
         if let Some(vol) = shared.vol(mark.volume) {
             shared.drop_failed_points(&vol, mark.first..=mark.last, text(&mark));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use crate::map::memory::MemoryIndexHome;
+    use crate::sys::disk::Disk;
+    use crate::sys::sim::SimWorld;
+    use crate::units::Name;
+    use crate::volume::catalog::{Reverting, revert_begin_record};
+    use crate::volume::engine::Engine;
+    use crate::volume::facts::{Settings, Sources, VolumeOptions};
+
+    struct Sim(SimWorld);
+
+    impl Sources for Sim {
+        fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
+            let disk = self.0.disk(path);
+            Ok(disk.ok_or_else(|| Error::new(Kind::NotFound, path))?)
+        }
+    }
+
+    /// A writer whose patience ends when a revert has just begun does not take its snapshots away.
+    #[test]
+    fn the_policy_waits_for_a_revert() {
+        let world = SimWorld::new(1);
+        let settings = Settings {
+            ballast_bytes: 0,
+            ..Settings::default()
+        };
+        let env = Environment {
+            dir: world.dir("store"),
+            index: Arc::new(MemoryIndexHome::new()),
+            sources: Arc::new(Sim(world.clone())),
+            clock: Arc::new(world.clock()),
+        };
+        Engine::create(&env, &settings).unwrap();
+        let engine = Engine::open(env, settings).unwrap();
+        world.add_disk("v", 1 << 20);
+        let v = Name::new("v").unwrap();
+        let options = VolumeOptions {
+            on_full: OnFull::FailSnapshot,
+            ..VolumeOptions::default()
+        };
+        engine.add_volume(&v, "v", options).unwrap();
+        let take = |name| engine.take_snapshots(&[(v.clone(), Name::new(name).unwrap())]);
+        let target = take("a").unwrap()[0].epoch.0;
+        let undo = take("b").unwrap()[0].epoch.0;
+        let shared = &engine.shared;
+        let vol = shared.find(&v).unwrap();
+        let good = || {
+            let all = engine.snapshots(&v).unwrap();
+            all.iter()
+                .filter(|s| s.state == SnapshotState::Active)
+                .count()
+        };
+        let full = || Error::new(Kind::NoSpace, "full");
+        let begun = revert_begin_record(vol.id, Reverting { target, undo });
+        shared.append_records(vec![begun]).unwrap();
+        shared.on_full(&vol, 0..1, full()).unwrap();
+        assert_eq!(good(), 2);
+        let ended = crate::volume::catalog::revert_end_record(vol.id, undo, 1 << 20, 1 << 20);
+        shared.append_records(vec![ended]).unwrap();
+        shared.on_full(&vol, 0..1, full()).unwrap();
+        assert_eq!(good(), 0);
     }
 }

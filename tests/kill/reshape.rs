@@ -7,8 +7,10 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Output;
+use std::time::Instant;
 
-use crate::rig::{Chance, Rig, touch};
+use crate::rig::{Chance, PATIENCE, Rig, touch};
 use crate::{Cut, Load, PAGE, read_all};
 
 pub const NAME: &str = "v2";
@@ -28,6 +30,7 @@ enum Pending {
     Remove(String),
     Clone(String, Vec<u8>),
     RemoveClone(String),
+    RemoveBookmark(String),
     Revert(String),
     Resize(u64),
 }
@@ -51,12 +54,13 @@ fn clone_path(rig: &Rig, name: &str) -> PathBuf {
         .join(format!("{name}.img"))
 }
 
-fn names_in(rig: &Rig, dir: &str) -> BTreeSet<String> {
-    let entries = fs::read_dir(rig.mnt().join(NAME).join(dir)).unwrap();
-    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    names
-        .map(|name| name.strip_suffix(".img").unwrap().to_owned())
-        .collect()
+fn names_in(rig: &Rig, dir: &str) -> io::Result<BTreeSet<String>> {
+    let name = |entry: io::Result<fs::DirEntry>| {
+        let name = entry?.file_name().into_string().unwrap();
+        Ok(name.strip_suffix(".img").unwrap().to_owned())
+    };
+    let entries = fs::read_dir(rig.mnt().join(NAME).join(dir))?;
+    entries.map(name).collect()
 }
 
 fn bookmarks_of(rig: &Rig) -> BTreeSet<String> {
@@ -165,7 +169,10 @@ impl Shape {
         let Some(name) = some(&self.snapshots, chance) else {
             return Ok(());
         };
-        let keep = chance.below(4) == 0 && self.bookmarks.len() < 3;
+        let keep = chance.below(6) == 0;
+        if keep && self.bookmarks.len() >= 3 {
+            return self.remove_bookmark(load, chance);
+        }
         self.pending = Pending::Remove(name.clone());
         if keep {
             let target = format!("{NAME}@{name}");
@@ -232,23 +239,36 @@ impl Shape {
         Ok(())
     }
 
+    fn remove_bookmark(&mut self, load: &Load, chance: &mut Chance) -> Result<(), Cut> {
+        let Some(name) = some(&self.bookmarks, chance) else {
+            return Ok(());
+        };
+        self.pending = Pending::RemoveBookmark(name.clone());
+        self.command(load, &["bookmark", "delete", &format!("{NAME}@{name}")])?;
+        self.bookmarks.remove(&name);
+        self.done("bookmark removed");
+        Ok(())
+    }
+
     fn revert(&mut self, load: &Load, chance: &mut Chance) -> Result<(), Cut> {
         let Some(name) = some(&self.snapshots, chance) else {
             return Ok(());
         };
         let target = format!("{NAME}@{name}");
         self.pending = Pending::Revert(name.clone());
-        // A handle just closed may still count as a writer for a moment.
+        // A handle just closed may still count as a writer for a moment, on a busy machine for long.
         self.command(load, &["snapshot", "revert", &target, "--force"])?;
-        self.adopt_undo(load.rig);
+        // The daemon may be killed between the two.
+        let listed = load.cut(names_in(load.rig, "snapshots"), "list the snapshots")?;
+        self.adopt_undo(listed);
         self.live = self.snapshots[&name].clone();
         self.done("reverted");
         Ok(())
     }
 
     /// The snapshot that undoes a revert holds what was live.
-    fn adopt_undo(&mut self, rig: &Rig) {
-        for name in names_in(rig, "snapshots") {
+    fn adopt_undo(&mut self, listed: BTreeSet<String>) {
+        for name in listed {
             if !self.snapshots.contains_key(&name) {
                 self.snapshots.insert(name, self.live.clone());
             }
@@ -258,20 +278,33 @@ impl Shape {
     fn resize(&mut self, load: &Load, chance: &mut Chance) -> Result<(), Cut> {
         let size = SIZES.start + chance.below(SIZES.end - SIZES.start);
         self.pending = Pending::Resize(size);
-        self.command(load, &["volume", "resize", NAME, &size.to_string()])?;
+        let end = Instant::now() + PATIENCE;
+        let size_text = size.to_string();
+        loop {
+            let out = load.rig.run(&["volume", "resize", NAME, &size_text]);
+            // As above; a resize cannot be forced.
+            let busy = String::from_utf8_lossy(&out.stderr).contains("open for writing");
+            if !busy || Instant::now() > end {
+                self.answered(load, &out, "resize")?;
+                break;
+            }
+        }
         self.live.resize(size as usize, 0);
         self.done("resized");
         Ok(())
     }
 
     fn command(&self, load: &Load, args: &[&str]) -> Result<(), Cut> {
-        let out = load.rig.run(args);
+        self.answered(load, &load.rig.run(args), &format!("{args:?}"))
+    }
+
+    fn answered(&self, load: &Load, out: &Output, what: &str) -> Result<(), Cut> {
         if out.status.success() {
             return Ok(());
         }
         let complaint = String::from_utf8_lossy(&out.stderr);
         let dying = load.dying.load(std::sync::atomic::Ordering::SeqCst);
-        assert!(dying, "{args:?}: {complaint}");
+        assert!(dying, "{what}: {complaint}");
         Err(Cut::Killed)
     }
 
@@ -281,7 +314,7 @@ impl Shape {
         let seed = self.seed;
         let live = read_all(&rig.live(NAME), 0, 1 << 20).unwrap();
         same(&live, &self.live, &format!("seed {seed}: {NAME}"));
-        let listed = names_in(rig, "snapshots");
+        let listed = names_in(rig, "snapshots").unwrap();
         assert!(
             listed.iter().eq(self.snapshots.keys()),
             "seed {seed}: {listed:?}"
@@ -290,7 +323,7 @@ impl Shape {
             let found = read_all(&rig.snapshot(NAME, name), 0, 1 << 20).unwrap();
             same(&found, content, &format!("seed {seed}: {NAME}@{name}"));
         }
-        let listed = names_in(rig, "clones");
+        let listed = names_in(rig, "clones").unwrap();
         assert!(
             listed.iter().eq(self.clones.keys()),
             "seed {seed}: {listed:?}"
@@ -348,13 +381,13 @@ impl Shape {
                 "cut off: write"
             }
             Pending::Take(name) => {
-                if names_in(rig, "snapshots").contains(&name) {
+                if names_in(rig, "snapshots").unwrap().contains(&name) {
                     self.snapshots.insert(name, self.live.clone());
                 }
                 "cut off: take"
             }
             Pending::Remove(name) => {
-                if !names_in(rig, "snapshots").contains(&name) {
+                if !names_in(rig, "snapshots").unwrap().contains(&name) {
                     let content = self.snapshots.remove(&name).expect("chosen from them");
                     if bookmarks_of(rig).contains(&name) {
                         self.bookmarks.insert(name, content);
@@ -363,19 +396,25 @@ impl Shape {
                 "cut off: removal"
             }
             Pending::Clone(name, content) => {
-                if names_in(rig, "clones").contains(&name) {
+                if names_in(rig, "clones").unwrap().contains(&name) {
                     self.clones.insert(name, content);
                 }
                 "cut off: clone"
             }
             Pending::RemoveClone(name) => {
-                if !names_in(rig, "clones").contains(&name) {
+                if !names_in(rig, "clones").unwrap().contains(&name) {
                     self.clones.remove(&name);
                 }
                 "cut off: removal of a clone"
             }
+            Pending::RemoveBookmark(name) => {
+                if !bookmarks_of(rig).contains(&name) {
+                    self.bookmarks.remove(&name);
+                }
+                "cut off: removal of a bookmark"
+            }
             Pending::Revert(name) => {
-                self.adopt_undo(rig);
+                self.adopt_undo(names_in(rig, "snapshots").unwrap());
                 let found = read_all(&rig.live(NAME), 0, 1 << 20).unwrap();
                 let target = &self.snapshots[&name];
                 let was = &self.live;

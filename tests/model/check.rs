@@ -10,12 +10,18 @@ use crate::sim::{Content, compare_snapshot, compare_view};
 use crate::{Run, trace};
 
 impl Run {
-    pub fn compare(&mut self) {
+    pub fn compare_views(&mut self) {
         for v in 0..self.volumes.len() {
             self.compare_live(v);
             self.compare_snapshots(v);
             self.compare_clones(v);
             self.compare_bookmarks(v);
+        }
+    }
+
+    pub fn compare(&mut self) {
+        self.compare_views();
+        for v in 0..self.volumes.len() {
             for _ in 0..3 {
                 self.check_diff(v);
             }

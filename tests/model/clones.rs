@@ -7,7 +7,7 @@ use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
 use stillframe::volume::{OpenClone, SnapshotState, Zeroing};
 
-use crate::sim::sectors;
+use crate::sim::{PAGE, sectors};
 use crate::state::{ModelClone, Writable};
 use crate::{Run, UnderWay, trace};
 
@@ -149,8 +149,15 @@ impl Run {
             _ => self.range(size),
         };
         let parts = self.volumes[v].clones[&name].image.parts(offset, len);
+        // A block of which a part is zeroed is written, also where it was zero before.
+        let edge = |at: u64| {
+            let start = at / PAGE * PAGE;
+            (start.max(offset), (start + PAGE).min(offset + len))
+        };
+        let edges = [edge(offset), edge(offset + len - 1)];
         let touched: BTreeSet<u64> = parts
             .iter()
+            .chain(&edges)
             .flat_map(|&(start, end)| sectors(start, end - start))
             .collect();
         self.under_way = Some(UnderWay::CloneWrite(v, name.clone(), touched));
@@ -159,7 +166,7 @@ impl Run {
             .open_clone(v, &name)
             .zero(offset, len, Zeroing::Discard);
         let image = &mut self.clone_mut(v, &name).image;
-        for &(start, end) in &parts {
+        for &(start, end) in parts.iter().chain(&edges) {
             image.touch(start, end - start);
         }
         if !self.clone_refused(v, &name, &done) {

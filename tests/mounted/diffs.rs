@@ -2,28 +2,17 @@
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::process::Command;
 
 use stillframe::volume::VolumeOptions;
 
-use crate::harness::{Chance, Mount, Needs, assert_equal, errno, open, possible, run};
+use crate::harness::{Chance, Mount, Needs, assert_equal, errno, open, possible, qemu_img, run};
 
 /// Neither a whole number of grains, of clusters nor of sectors.
 const SIZE: u64 = (9 << 20) + 4096 + 777;
 
-fn qemu_img() -> bool {
-    if Command::new("qemu-img").arg("--version").output().is_ok() {
-        return true;
-    }
-    let text = "SKIPPED diffs with qemu-img: it is not installed\n";
-    assert!(std::env::var_os("STILLFRAME_CI").is_none(), "{text}");
-    std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes()).unwrap();
-    false
-}
-
 #[test]
 fn a_snapshot_and_a_diff_in_a_directory_are_a_backup() {
-    if !possible(Needs::Fuse, "diffs") || !qemu_img() {
+    if !possible(Needs::Fuse, "diffs") || !qemu_img("diffs") {
         return;
     }
     let mut mount = Mount::new();

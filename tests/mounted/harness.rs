@@ -21,6 +21,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+pub use crate::rig::Chance;
+
 use stillframe::error::Result;
 use stillframe::fuse::{Options, SessionHandle, serve};
 use stillframe::map::sled_index::SledHome;
@@ -56,6 +58,17 @@ pub fn possible(needs: Needs, test: &str) -> bool {
     let text = format!("SKIPPED {test}: {missing}\n");
     assert!(std::env::var_os("STILLFRAME_CI").is_none(), "{text}");
     // Not by a macro: the test harness would keep that to itself.
+    io::stderr().write_all(text.as_bytes()).unwrap();
+    false
+}
+
+/// Whether QEMU's tool for images is there; a part of `test` is left out without it.
+pub fn qemu_img(test: &str) -> bool {
+    if Command::new("qemu-img").arg("--version").output().is_ok() {
+        return true;
+    }
+    let text = format!("SKIPPED {test} with qemu-img: it is not installed\n");
+    assert!(std::env::var_os("STILLFRAME_CI").is_none(), "{text}");
     io::stderr().write_all(text.as_bytes()).unwrap();
     false
 }
@@ -443,29 +456,22 @@ impl Drop for Mounted {
         } else {
             "-v"
         };
-        let done = try_run("umount", &[lazy, self.0.to_str().unwrap()]);
-        if !std::thread::panicking() {
-            assert!(done.0, "{}", done.1);
+        let umount = || try_run("umount", &[lazy, self.0.to_str().unwrap()]);
+        let (mut done, begun) = (umount(), Instant::now());
+        // A process that another test has just started holds every file of ours until it executes.
+        while !done.0 && done.1.contains("busy") && begun.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(20));
+            done = umount();
+        }
+        if !done.0 && !std::thread::panicking() {
+            // Nothing stays behind, also when this fails the test.
+            try_run("umount", &["--lazy", self.0.to_str().unwrap()]);
+            panic!("{}", done.1);
         }
     }
 }
 
-/// A small generator of chances; every run repeats from its seed.
-pub struct Chance(pub u64);
-
 impl Chance {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
     /// Bytes that no compression or hole detection can shorten.
     pub fn bytes(&mut self, len: usize) -> Vec<u8> {
         let words = (0..len.div_ceil(8)).map(|_| self.next().to_le_bytes());

@@ -20,5 +20,7 @@ mod diffs;
 mod filesystems;
 mod harness;
 mod model;
+#[path = "../rig/mod.rs"]
+mod rig;
 mod semantics;
 mod tools;

@@ -116,6 +116,13 @@ pub fn ended(pid: u32) -> bool {
     }
 }
 
+/// Whether a process has ended with all of its threads: its first one may be a zombie while another
+/// still finishes a system call, and with it the files and locks of the process are there.
+pub fn gone(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    ended(pid) && threads <= 1
+}
+
 #[track_caller]
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
@@ -261,7 +268,7 @@ impl Rig {
                 .args(["-s", "KILL", &pid.to_string()])
                 .output();
         }
-        eventually("the killed daemon ends", || ended(pid));
+        eventually("the killed daemon ends", || gone(pid));
     }
 
     pub fn umount_command(&self) -> Command {

@@ -87,6 +87,27 @@ fn a_revert_is_refused_while_somebody_writes_and_elsewhere() {
 }
 
 #[test]
+fn a_writer_who_is_just_closing_is_waited_for() {
+    let w = world();
+    w.write("vm/live.img", 0, b"before");
+    w.touch("vm", "a.img");
+    w.write("vm/live.img", 0, b"after!");
+    let live = w.node("vm/live.img");
+    let writer = w.open("vm/live.img", WRITE).unwrap();
+    let (closing, closed) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let closed = closed;
+            closed.recv().unwrap();
+            w.tree.release(writer).unwrap();
+        });
+        closing.send(()).unwrap();
+        w.tree.setxattr(live, REVERT, b"a").unwrap();
+    });
+    assert_eq!(&w.content("vm/live.img")[..6], b"before");
+}
+
+#[test]
 fn a_forced_revert_lets_writers_go_on_afterwards() {
     let w = world();
     w.write("vm/live.img", 0, b"before");

@@ -323,6 +323,14 @@ fn an_empty_clone_grows_while_something_is_copied_into_it() {
         let refused = w.tree.create(directory, bad, WRITE, CALLER);
         assert_eq!(kind(refused.unwrap_err()), Kind::Invalid, "{bad}");
     }
+    // Refused, it leaves no clone behind.
+    let append = OpenFlags {
+        append: true,
+        ..WRITE
+    };
+    let refused = w.tree.create(directory, "log.img", append, CALLER);
+    assert_eq!(kind(refused.unwrap_err()), Kind::Permission);
+    assert_eq!(w.names("vm/clones"), [".", "..", "a.img"]);
     w.tree.write(handle, 0, &pattern(5000, 1), false).unwrap();
     w.tree.write(handle, 100_000, b"far", false).unwrap();
     assert_eq!(w.tree.getattr(attr.node).unwrap().size, 100_003);
