@@ -346,7 +346,7 @@ impl Drop for Running {
 /// A loop device over a file, perhaps with a filesystem mounted from it.
 pub struct Attached {
     pub device: String,
-    mounted: Option<PathBuf>,
+    pub mounted: Option<PathBuf>,
 }
 
 impl Attached {
@@ -363,11 +363,16 @@ impl Attached {
         self.mounted = Some(at.to_owned());
     }
 
-    /// Unmounts and detaches, and fails if that fails.
-    pub fn detach(mut self) {
+    /// Unmounts what is mounted of it.
+    pub fn unmount(&mut self) {
         if let Some(at) = self.mounted.take() {
             must("umount", &[at.to_str().unwrap()]);
         }
+    }
+
+    /// Unmounts and detaches, and fails if that fails.
+    pub fn detach(mut self) {
+        self.unmount();
         must("losetup", &["--detach", &self.device]);
         self.device.clear();
     }
