@@ -23,6 +23,8 @@ pub const INO_PER_VOLUME: u64 = 16;
 /// Offset of a SNAP's flags in its body.
 const SNAP_FLAGS_AT: usize = 88;
 /// Flag of a SNAP: the snapshot has failed.
+const STORE_CLEAN: u32 = 1;
+const STORE_UNSETTLED: u32 = 2;
 const SNAP_FAILED: u8 = 1;
 /// Flag of a SNAP: the snapshot is on hold.
 const SNAP_HELD: u8 = 2;
@@ -149,6 +151,9 @@ pub struct VolumeEntry {
 pub struct Catalog {
     /// The store was stopped cleanly, and nothing happened since.
     pub clean: bool,
+    /// The store was stopped cleanly but for clones that had failed: their overlays are to be taken
+    /// for what an unclean stop leaves.
+    pub unsettled: bool,
     /// Number of the next volume.
     pub next_volume: u32,
     /// Next inode number.
@@ -169,6 +174,7 @@ impl Default for Catalog {
     fn default() -> Self {
         Catalog {
             clean: false,
+            unsettled: false,
             next_volume: 1,
             next_ino: INO_FIRST,
             volumes: BTreeMap::new(),
@@ -275,7 +281,9 @@ impl Catalog {
             }
             RecordType::Store => {
                 let mut r = Reader::new(&record.body, "a STORE record");
-                self.clean = r.u32()? & 1 != 0;
+                let flags = r.u32()?;
+                self.clean = flags & STORE_CLEAN != 0;
+                self.unsettled = flags & STORE_UNSETTLED != 0;
                 self.next_volume = self.next_volume.max(r.u32()?);
                 self.next_ino = self.next_ino.max(r.u64()?);
                 if r.left() > 0 {
@@ -380,9 +388,9 @@ impl Catalog {
     /// The whole catalogue as the payload of a CATALOG record.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
-        w.u32(u32::from(self.clean))
-            .u32(self.next_volume)
-            .u64(self.next_ino);
+        let flags = [(self.clean, STORE_CLEAN), (self.unsettled, STORE_UNSETTLED)];
+        let flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag);
+        w.u32(flags.sum()).u32(self.next_volume).u64(self.next_ino);
         if self.next_clone > 1 || self.next_layer > 1 {
             w.u32(self.next_clone).u32(self.next_layer);
         }

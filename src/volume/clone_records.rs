@@ -520,6 +520,87 @@ mod tests {
         assert_eq!(catalog.clones[&1].size, 9000);
     }
 
+    fn hex(record: Record) -> String {
+        let bytes = crate::log::record::encode_table(&[record]);
+        bytes.iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Golden bytes of whole records: a change of any of them is a new format version.
+    #[test]
+    fn golden_bytes() {
+        let failed = CloneEntry {
+            growing: true,
+            state: SnapshotState::Failed("why".into()),
+            ..clone(5, 9)
+        };
+        let layers = [
+            (9, layer(Base::Layer(4))),
+            (4, layer(Base::Snapshot(0x0102))),
+            (3, layer(Base::Nothing)),
+        ];
+        assert_eq!(
+            hex(clone_record(5, &failed, &layers)),
+            "140000008d0000000100000000000000050000000000000000000000000000000000000000000000\
+             05050505050505050505050505050505a50f00000000000007000000000000000000100000000000\
+             09000000030000000300000000000000090000000200000004000000000000000000100000000000\
+             04000000010000000201000000000000000010000000000003000000000000000000000000000000\
+             000010000000000002000000633503000000776879000000"
+        );
+        assert_eq!(
+            hex(clone_record(1, &clone(1, 1), &[])),
+            "14000000420000000100000000000000010000000000000000000000000000000000000000000000\
+             01010101010101010101010101010101a10f00000000000007000000000000000000100000000000\
+             0100000000000000000000000000000002000000633100000000000000000000"
+        );
+        assert_eq!(
+            hex(clone_deleted_record(1, 5)),
+            "22000000000000000100000000000000050000000000000000000000000000000000000000000000"
+        );
+        assert_eq!(
+            hex(clone_alloc_record(1, 9, 5..8, 4096, false, 0)),
+            "15000000100000000100000003000000090000000000000005000000000000000000000000000000\
+             00100000000000000000000000000000"
+        );
+        assert_eq!(
+            hex(clone_alloc_record(1, 9, 5..6, 65536, true, 9000)),
+            "15000000100000000100000001000000090000000000000005000000000000000000000000000000\
+             00000100010000002823000000000000"
+        );
+        let invalid = crate::volume::catalog::invalidate_record(LAYER_BIT | 5, 0, u64::MAX, "why");
+        assert_eq!(
+            hex(invalid),
+            "1e0000000f0000000500008000000000000000000000000000000000000000000000000000000000\
+             ffffffffffffffff0300000077687900"
+        );
+    }
+
+    /// The catalogue of a store with clones, one of them of a snapshot that was deleted; golden as above.
+    #[test]
+    fn golden_bytes_of_a_catalogue_with_clones() {
+        let mut catalog = cloned();
+        delete_snapshot(&mut catalog);
+        let bytes = catalog.encode();
+        let hex: String = bytes[..80].iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(
+            (bytes.len(), &*hex),
+            (
+                848,
+                "06000000000000003000000018000000000000000000000000000000000000000000000000000000\
+             00000000000000000000000002000000a30f0000000000000300000004000000160000007b000000"
+            )
+        );
+        assert_eq!(
+            blake3::hash(&bytes).to_hex().as_str(),
+            "ed716587e05d2a77f7ba349594dba3f995c55fa0573312239f469be4be95be0e"
+        );
+        assert_eq!(layer_volume(9), VolumeId(0x8000_0009));
+        // A clean stop with a clone that has failed.
+        (catalog.clean, catalog.unsettled) = (true, true);
+        let decoded = Catalog::decode(&catalog.encode()).unwrap();
+        assert_eq!(decoded, catalog);
+        assert_eq!(catalog.encode()[48], 3);
+    }
+
     #[test]
     fn a_damaged_clone_never_panics() {
         let mut catalog = cloned();

@@ -28,6 +28,7 @@ mod engine;
 mod facts;
 mod layers;
 mod live;
+mod marks;
 mod overlay;
 mod range_lock;
 mod read;

@@ -26,12 +26,13 @@ use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
 use crate::volume::layers::Clones;
 use crate::volume::live::Volume;
+use crate::volume::marks::{Failure, apply_marks};
 use crate::volume::overlay::Home;
 use crate::volume::reclaim;
 use crate::volume::shared::{
     Point, Shared, Vol, VolState, compare, lock, to_publish, unreadable_layer,
 };
-use crate::volume::space::{Waiting, apply_marks, has_room_for_map, make_room_for_map};
+use crate::volume::space::{Waiting, has_room_for_map, make_room_for_map};
 use crate::volume::thin::Thin;
 
 const LOG_DIR: &str = "log";
@@ -168,7 +169,8 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         }
         done => drop(done?),
     }
-    shared.recover_clones(clean)?;
+    let settled = clean && !replay.catalog.unsettled;
+    shared.recover_clones(settled, !replay.lost.is_empty())?;
     note_losses(&shared, &replay.lost)?;
     if let Err(e) = shared.adopt_marks() {
         tracing::warn!("marks of failure stay in the superblock: {}", e.chain());
@@ -682,31 +684,41 @@ fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: boo
     }
 }
 
-/// Lost records may have said anything: every snapshot and bookmark that existed then fails.
+/// Lost records may have said anything: every snapshot, bookmark and clone that existed then fails. If
+/// neither the log nor the superblock has room to say so, the store does not open until there is some:
+/// served without it, the next checkpoint of the map would pass over the loss.
 fn note_losses(shared: &Shared, lost: &[Lost]) -> Result<()> {
+    let mut failures = Vec::new();
     for loss in lost {
         let why = format!(
             "log batches {} to {} are damaged",
             loss.first.0, loss.last.0
         );
         for &(volume, first, last) in &loss.snapshots {
-            if let Some(vol) = shared.vol(volume) {
-                shared.fail_snapshots(&vol, first, last, &why)?;
+            if shared.vol(volume).is_some() {
+                let why = why.clone();
+                failures.push(Failure {
+                    volume,
+                    first,
+                    last,
+                    why,
+                });
             }
         }
         for &clone in &loss.clones {
             if lock(&shared.catalog).clones.contains_key(&clone) {
-                shared.fail_clone(clone, &why)?;
+                failures.push(Failure::of_clone(clone, &why));
             }
         }
     }
-    Ok(())
+    shared.fail_all(&failures)
 }
 
 /// Clean stop; see [`crate::volume::Engine::close`].
 ///
 /// # Errors
-/// The first error; the store is then unclean, nothing is lost.
+/// The first error; the store is then unclean, nothing is lost. Only the sync of a clone may fail and
+/// leave it clean.
 pub fn close(shared: &Shared) -> Result<()> {
     let _structure = lock(&shared.structure);
     if shared.closed.load(Ordering::Acquire) {
@@ -727,8 +739,12 @@ pub fn close(shared: &Shared) -> Result<()> {
     // Before the catalogue: whatever follows it makes the store unclean.
     shared.complete_epochs();
     shared.refine()?;
-    shared.flush_clones()?;
-    let catalog = shared.current_catalog(true).encode();
+    let (settled, flushed) = shared.flush_clones();
+    let catalog = Catalog {
+        unsettled: !settled,
+        ..shared.current_catalog(true)
+    };
+    let catalog = catalog.encode();
     let entry = || {
         shared
             .log
@@ -742,5 +758,6 @@ pub fn close(shared: &Shared) -> Result<()> {
     }
     shared.log.seal(shared)?;
     reclaim::checkpoint(shared)?;
-    mark_open(shared, false)
+    mark_open(shared, false)?;
+    flushed
 }
