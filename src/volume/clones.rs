@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::record::Record;
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{Name, Uuid, VOLUME_SIZE_MAX};
 use crate::volume::catalog::Catalog;
 use crate::volume::clone_records::{
@@ -508,7 +509,7 @@ impl Engine {
             let why = format!("clones of clones are at most {LAYERS_MAX} deep");
             return Err(Error::new(Kind::Limit, why));
         }
-        let untouched = lock(&view.top()?.set).is_empty();
+        let untouched = lock(&view.top()?.set).is_empty() || planted(Bug::LayerShared);
         let records = {
             let catalog = lock(&shared.catalog);
             let gone = || Error::new(Kind::NotFound, "the clone was deleted");
@@ -532,6 +533,7 @@ impl Engine {
             }
         };
         shared.append_clones(Some(&source), records)?;
+        point("clone durable");
         shared.refresh_clone(&source, None);
         shared.serve_clone(id)
     }

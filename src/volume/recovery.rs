@@ -20,6 +20,7 @@ use crate::log::superblock::{Superblock, SuperblockFile};
 use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{BLOCK, Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
@@ -85,7 +86,9 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         .dir
         .subdir(LOG_DIR, true)
         .context(|| "cannot open the store's log directory")?;
-    sync_log(dir.as_ref())?;
+    if !planted(Bug::PredecessorUnsynced) {
+        sync_log(dir.as_ref())?;
+    }
 
     let mut replay = recover_log(&env, &settings, dir.as_ref(), &keys, facts.store)?;
     for number in replay.scanned.abandoned.drain(..) {
@@ -94,6 +97,7 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
     }
     dir.sync().context(|| "cannot sync the log directory")?;
     cut_closed(dir.as_ref(), &replay.scanned)?;
+    point("log recovered");
 
     let config = LogConfig {
         dir,
@@ -554,7 +558,7 @@ fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
         let disk = dir
             .open(&segment::file_name(number), Open::Write)
             .context(context)?;
-        if disk.size().context(context)? > end {
+        if disk.size().context(context)? > end && !planted(Bug::TailKept) {
             match disk.set_size(end) {
                 // Where even that needs space, what is behind the end stays; in the last segment a
                 // torn batch may begin there, which must not be found again.
@@ -631,7 +635,11 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
             // What a killed predecessor left in the page cache is made durable, and what a failed sync
             // left there is forgotten, so that what is read is what the medium has.
             let forget = || if clean { Ok(()) } else { source.drop_cache() };
-            if let Err(e) = source.sync_data().and_then(|()| forget()) {
+            let settle = || match planted(Bug::PredecessorUnsynced) {
+                true => Ok(()),
+                false => source.sync_data(),
+            };
+            if let Err(e) = settle().and_then(|()| forget()) {
                 tracing::error!("volume {}: cannot sync the source: {e}", entry.name);
                 if matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
                     state.health = VolumeState::Suspect(e.to_string());

@@ -175,6 +175,11 @@ impl Rig {
         self.top.path().canonicalize().unwrap().join(name)
     }
 
+    /// Where a test says at which named place the daemon is to die.
+    pub fn kill_at(&self) -> PathBuf {
+        self.at("kill-at")
+    }
+
     pub fn mnt(&self) -> PathBuf {
         self.at("mnt")
     }
@@ -211,6 +216,8 @@ impl Rig {
         ] {
             command.env_remove(name);
         }
+        // Only a build with the feature `planted` looks at it.
+        command.env("STILLFRAME_KILL_AT", self.kill_at());
         command.stdin(Stdio::null()).args(args);
         command.arg("--store").arg(self.store());
         command
