@@ -979,6 +979,9 @@ fn after_a_failed_sync_a_clone_takes_no_writes_until_the_store_is_opened_again()
     let refused = s.engine.clone_clone(&name("v0"), &name("c"), &name("d"));
     assert_eq!(refused.unwrap_err().kind(), Kind::Failed);
     assert!(matches!(clone.info().state, SnapshotState::Failed(_)));
+    let mut bytes = [0; 4096];
+    clone.read_at(8192, &mut bytes).unwrap();
+    assert_eq!(bytes, [1; 4096], "it can be read");
     drop(clone);
     s.world.kill();
     s.index.kill(1);
@@ -986,7 +989,6 @@ fn after_a_failed_sync_a_clone_takes_no_writes_until_the_store_is_opened_again()
     let clone = s.open("c");
     assert_eq!(clone.info().state, SnapshotState::Active);
     // What the medium has, not what the cache showed.
-    let mut bytes = [0; 4096];
     clone.read_at(0, &mut bytes).unwrap();
     assert_eq!(bytes, [2; 4096]);
     clone.write_at(0, &[4; 4096], false).unwrap();

@@ -191,6 +191,120 @@ fn at_the_limit_the_other_policy_fails_snapshots() {
     assert!(store.live() == store.content);
 }
 
+/// A long write is done in aligned pieces: those before the refused one are there, of it nothing is.
+#[test]
+fn a_write_is_refused_by_whole_pieces() {
+    for at in [0, 5 * GRAIN] {
+        let store = Store::new(OnFull::FailWrite);
+        store.take("a");
+        let old = store.content.clone();
+        let new: Vec<u8> = old[at as usize..].iter().map(|b| !b).collect();
+        let volume = store.engine.volume(&n("v")).unwrap();
+        let refused = volume.write_at(at, &new, false).unwrap_err();
+        assert_eq!(refused.kind(), Kind::NoSpace);
+        let live = store.live();
+        let changed = |grain: u64| {
+            let span = (grain * GRAIN) as usize..((grain + 1) * GRAIN) as usize;
+            live[span.clone()] != old[span]
+        };
+        let first = at / GRAIN;
+        let end = (first..SIZE / GRAIN).find(|&g| !changed(g)).unwrap();
+        assert!(end > 2 * MIB / GRAIN, "refused at grain {end}");
+        assert_eq!(end * GRAIN % MIB, 0, "a whole number of pieces");
+        assert!((end..SIZE / GRAIN).all(|g| !changed(g)));
+        assert!(live[at as usize..(end * GRAIN) as usize] == new[..(end * GRAIN - at) as usize]);
+        assert!(store.snapshot("a") == old);
+    }
+}
+
+/// Space that nobody needs any more is given back to a writer before he is refused, also if his
+/// volume does not wait.
+#[test]
+fn what_can_be_reclaimed_is_reclaimed_before_a_write_is_refused() {
+    let mut store = Store::new(OnFull::FailWrite);
+    store.take("a");
+    let refused = store.write_from(0);
+    assert!(refused < SIZE / GRAIN);
+    store.delete("a");
+    store.take("b");
+    // Nobody calls `maintain`.
+    assert!(store.write_from(refused) > refused + 600);
+}
+
+/// Only the snapshots that need the piece fail, and it stays so.
+#[test]
+fn a_snapshot_that_does_not_need_the_piece_lives() {
+    let mut store = Store::new(OnFull::FailSnapshot);
+    let old = store.content.clone();
+    store.take("a");
+    let volume = store.engine.volume(&n("v")).unwrap();
+    // More than what may be written ahead.
+    let part = 2 * MIB as usize;
+    volume.write_at(0, &vec![7; part], false).unwrap();
+    store.take("b");
+    let (v, part_of_b) = (n("v"), vec![7; part]);
+    for (of, name) in [("a", "of-a"), ("b", "of-b")] {
+        let made = store.engine.clone_snapshot(&v, &n(of), &n(name));
+        made.unwrap();
+        let clone = store.engine.open_clone(&v, &n(name)).unwrap();
+        clone.write_at(0, &[6; 4096], false).unwrap();
+        let mut bytes = vec![0; part];
+        clone.read_at(0, &mut bytes).unwrap();
+        assert!(of == "a" || bytes[4096..] == part_of_b[4096..]);
+        clone.flush().unwrap();
+    }
+    let clones = store.world.dir("store").subdir("clones", true).unwrap();
+    let overlay = clones.open("999.data", Open::Create).unwrap();
+    let all = vec![1; LIMIT as usize];
+    overlay.write_all_at(0, &[&all]).unwrap();
+    volume.write_at(0, &vec![8; part], false).unwrap();
+    volume.flush().unwrap();
+    drop(volume);
+    clones.remove("999.data").unwrap();
+    for round in ["at once", "after a kill", "after a power cut"] {
+        let state = |name| store.engine.snapshot(&n("v"), &n(name)).unwrap().state;
+        assert_eq!(state("a"), SnapshotState::Active, "{round}");
+        assert!(matches!(state("b"), SnapshotState::Failed(_)), "{round}");
+        assert!(store.snapshot("a") == old, "{round}");
+        assert!(store.live()[..part].iter().all(|&b| b == 8), "{round}");
+        a_clone_fails_with_its_snapshot(&store.engine, round);
+        match round {
+            "at once" => store.world.kill(),
+            _ => store.world.power_cut(),
+        }
+        store.index.kill(1);
+        let env = Store::environment(&store.world, &store.index);
+        store.engine = Engine::open(env, Store::settings(None)).unwrap();
+    }
+}
+
+fn a_clone_fails_with_its_snapshot(engine: &Engine, round: &str) {
+    let v = n("v");
+    for (name, lost) in [("of-a", false), ("of-b", true)] {
+        let clone = engine.open_clone(&v, &n(name)).unwrap();
+        let state = clone.info().state;
+        assert_eq!(matches!(state, SnapshotState::Failed(_)), lost, "{round}");
+        let mut bytes = [0; 4096];
+        clone.read_at(0, &mut bytes).unwrap();
+        assert_eq!(bytes, [6; 4096], "what was written to it");
+        let expected = if lost { Err(Kind::Failed) } else { Ok(()) };
+        for at in [4096, 8192, SIZE - 4096] {
+            let read = clone.read_at(at, &mut bytes).map_err(|e| e.kind());
+            assert_eq!(read, expected, "{round} {name} {at}");
+        }
+        // Of a grain in which the rest is the snapshot's.
+        let written = clone.write_at(16_384 + 5, &[1], false);
+        let refused = written.map_err(|e| e.kind());
+        assert!(!lost || refused == expected, "{round}: {refused:?}");
+        if lost {
+            let copied = engine.clone_clone(&v, &n(name), &n("copy"));
+            assert_eq!(copied.unwrap_err().kind(), Kind::Failed, "{round}");
+            let copied = engine.clone_snapshot(&v, &n("b"), &n("copy"));
+            assert_eq!(copied.unwrap_err().kind(), Kind::Failed, "{round}");
+        }
+    }
+}
+
 #[test]
 fn the_overlays_of_clones_count() {
     let mut store = Store::new(OnFull::FailWrite);
@@ -204,6 +318,50 @@ fn the_overlays_of_clones_count() {
     let refused = store.write_from(0);
     assert!(refused < 300, "{refused} grains went beside the clone");
     assert!(store.engine.thin().unwrap().used <= LIMIT);
+}
+
+/// A clone's writer is refused, whatever the volume's policy says, after the wait and after what can be
+/// reclaimed was; how long a wait is, `tests/full.rs` shows.
+#[test]
+fn a_clone_without_space_disturbs_nobody() {
+    let mut store = Store::new(OnFull::FailSnapshot);
+    store.take("a");
+    let (old, v) = (store.content.clone(), n("v"));
+    store.write_from(SIZE / GRAIN - 200);
+    store.take("b");
+    store.engine.clone_snapshot(&v, &n("a"), &n("c")).unwrap();
+    let clone = store.engine.open_clone(&v, &n("c")).unwrap();
+    let mut refused = None;
+    for grain in 0..SIZE / GRAIN {
+        let Err(e) = clone.write_at(grain * GRAIN, &[6; GRAIN as usize], false) else {
+            continue;
+        };
+        assert_eq!(e.kind(), Kind::NoSpace, "{}", e.chain());
+        refused = Some(grain);
+        break;
+    }
+    let refused = refused.expect("a clone fills the store, too");
+    assert!(refused > 100, "{refused}");
+    for name in ["a", "b"] {
+        let state = store.engine.snapshot(&v, &n(name)).unwrap().state;
+        assert_eq!(state, SnapshotState::Active, "{name}");
+    }
+    assert!(store.snapshot("a") == old && store.live() == store.content);
+    let mut bytes = vec![0; SIZE as usize];
+    clone.read_at(0, &mut bytes).unwrap();
+    let written = (refused * GRAIN) as usize;
+    assert!(bytes[..written].iter().all(|&b| b == 6));
+    assert!(bytes[written..] == old[written..]);
+    // Another clone goes; nobody calls `maintain`.
+    let engine = &store.engine;
+    engine.clone_snapshot(&v, &n("b"), &n("d")).unwrap();
+    drop(clone);
+    engine.delete_clone(&v, &n("c")).unwrap();
+    let clone = engine.open_clone(&v, &n("d")).unwrap();
+    for grain in 0..100 {
+        let done = clone.write_at(grain * GRAIN, &[6; GRAIN as usize], false);
+        done.unwrap_or_else(|e| panic!("grain {grain}: {}", e.chain()));
+    }
 }
 
 /// What does not fit below the limit is not begun.

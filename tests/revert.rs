@@ -881,6 +881,53 @@ fn others_go_on_during_a_revert() {
         .unwrap();
 }
 
+/// A write that arrives in the middle waits, and is then made to what the revert left; so does a read.
+#[test]
+fn a_write_during_a_revert_waits_for_its_end() {
+    let stage = Stage::new(9);
+    let engine = &stage.engine;
+    let (written, read) = (AtomicBool::new(false), AtomicBool::new(false));
+    let volume = stage.volume();
+    std::thread::scope(|scope| {
+        let mut asked = 0;
+        let (sent, started) = channel();
+        let mut sent = Some(sent);
+        let (volume, started, written, read) = (&volume, started, &written, &read);
+        let expected = stage.views["a"][0];
+        let reverted = engine.revert_volume(&n("v"), &n("a"), &mut |_, _| {
+            asked += 1;
+            if let Some(sent) = sent.take() {
+                let again = sent.clone();
+                scope.spawn(move || {
+                    sent.send(()).unwrap();
+                    volume.write_at(4096, &[99; 4096], false).unwrap();
+                    written.store(true, Ordering::SeqCst);
+                });
+                scope.spawn(move || {
+                    let mut first = [0];
+                    again.send(()).unwrap();
+                    volume.read_at(0, &mut first).unwrap();
+                    assert_eq!(first, [expected], "after it");
+                    read.store(true, Ordering::SeqCst);
+                });
+                started.recv().unwrap();
+                started.recv().unwrap();
+            }
+            for _ in 0..1000 {
+                std::thread::yield_now();
+            }
+            assert!(!written.load(Ordering::SeqCst), "it did not wait");
+            assert!(!read.load(Ordering::SeqCst), "it was read in the middle");
+        });
+        reverted.unwrap();
+        assert!(asked >= 2, "asked {asked} times");
+    });
+    assert!(written.load(Ordering::SeqCst));
+    let mut expected = stage.views["a"].clone();
+    expected[4096..8192].fill(99);
+    stage.check(&expected, "reverted and written");
+}
+
 /// A clean stop does not wait for a long revert: the next opening finishes it.
 #[test]
 fn a_stop_in_the_middle_of_a_revert() {

@@ -16,12 +16,13 @@ use std::time::SystemTime;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags,
     Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use crate::fuse::answer::{
-    ENTRY_TTL, MAX_WRITE, attributes, empty, entry, fopen, read_into_reply, xattr,
+    ENTRY_TTL, MAX_WRITE, attributes, empty, entry, fopen, listing, read_into_reply, xattr,
 };
 use crate::fuse::errno::answer;
 use crate::fuse::pool::{Pool, guarded};
@@ -113,6 +114,11 @@ impl Filesystem for Adapter {
             if config.add_capabilities(flag).is_err() {
                 tracing::warn!("this kernel does not offer {name}");
             }
+        }
+        let listings = InitFlags::FUSE_DO_READDIRPLUS | InitFlags::FUSE_READDIRPLUS_AUTO;
+        if config.kernel_abi() >= wire::LISTS_WITH_ATTRIBUTES {
+            // Plain listings will do as well.
+            let _ = config.add_capabilities(listings);
         }
         // A refused value leaves fuser's default, which is only slower.
         let _ = config.set_max_write(MAX_WRITE);
@@ -429,6 +435,19 @@ impl Filesystem for Adapter {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(answer("readdir", ino.0, &e)),
             }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        guarded("readdirplus", || {
+            listing(&self.tree, ino, fh, offset, reply)
         });
     }
 

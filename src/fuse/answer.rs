@@ -4,8 +4,8 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 use fuser::{
-    Errno, FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyXattr,
+    Errno, FileHandle, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyData, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyXattr,
 };
 
 use crate::fuse::errno::answer;
@@ -61,6 +61,33 @@ pub(super) fn entry(
             Generation(0),
         ),
         Err(e) => reply.error(answer(operation, parent.0, &e)),
+    }
+}
+
+/// A listing with attributes. Every entry that fits but `.` and `..` counts as a lookup, as the kernel
+/// counts it. Its attributes are not believed for longer than its name, that is, not at all.
+pub(super) fn listing(
+    tree: &Tree,
+    node: INodeNo,
+    fh: FileHandle,
+    offset: u64,
+    mut reply: ReplyDirectoryPlus,
+) {
+    let listed = tree.readdir_plus(HandleId(fh.0), offset, |entry, attr| {
+        let attr = attr.map_or_else(|| wire::untold_attr(entry), wire::file_attr);
+        let (node, generation) = (INodeNo(entry.node.0), Generation(0));
+        reply.add(
+            node,
+            entry.cookie,
+            &entry.name,
+            &ENTRY_TTL,
+            &attr,
+            generation,
+        )
+    });
+    match listed {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(answer("readdirplus", node.0, &e)),
     }
 }
 

@@ -112,4 +112,23 @@ mod tests {
         let dquot = std::io::Error::from_raw_os_error(EDQUOT);
         assert_eq!(dquot.kind(), std::io::ErrorKind::QuotaExceeded);
     }
+
+    #[test]
+    fn a_refusal_of_the_tree_has_its_errno() {
+        let table = [
+            (TreeError::ReadOnly, Errno::EROFS),
+            (TreeError::IsDirectory, Errno::EISDIR),
+            (TreeError::NotDirectory, Errno::ENOTDIR),
+            (TreeError::NoAttribute, Errno::ENODATA),
+            (TreeError::BufferTooSmall, Errno::ERANGE),
+            (TreeError::PastEnd, Errno::ENOSPC),
+            (TreeError::NoSuchOffset, Errno::ENXIO),
+            (TreeError::BadHandle, Errno::EBADF),
+            (TreeError::TooManyOpen, Errno::ENFILE),
+            (TreeError::OtherVolume, Errno::EXDEV),
+        ];
+        for (error, errno) in table {
+            assert_eq!(answer("test", 1, &error), errno, "{error:?}");
+        }
+    }
 }

@@ -21,16 +21,21 @@ const RELEASE: u32 = 18;
 const FSYNC: u32 = 20;
 const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
+const REMOVEXATTR: u32 = 24;
 const FLUSH: u32 = 25;
 const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const RELEASEDIR: u32 = 29;
 const CREATE: u32 = 35;
 const DESTROY: u32 = 38;
+const READDIRPLUS: u32 = 44;
 const COPY_FILE_RANGE: u32 = 47;
 
 const ENOENT: i32 = -2;
 const EIO: i32 = -5;
 const EPERM: i32 = -1;
 const EBUSY: i32 = -16;
+const ENFILE: i32 = -23;
 const EEXIST: i32 = -17;
 const EXDEV: i32 = -18;
 const EROFS: i32 = -30;
@@ -40,6 +45,8 @@ const EOPNOTSUPP: i32 = -95;
 
 const ATOMIC_O_TRUNC: u32 = 1 << 3;
 const EXPORT_SUPPORT: u32 = 1 << 4;
+/// DO_READDIRPLUS and READDIRPLUS_AUTO.
+const READDIRPLUS_FLAGS: u32 = 3 << 13;
 const WRITEBACK_CACHE: u32 = 1 << 16;
 const DIRECT_IO: u32 = 1 << 0;
 const KEEP_CACHE: u32 = 1 << 1;
@@ -387,5 +394,239 @@ fn a_node_is_found_again_after_it_was_forgotten() {
     }
     let volume = k.lookup(directory, "..").unwrap();
     assert_eq!(k.lookup(ROOT.0, "vm"), Ok(volume));
+    k.destroy();
+}
+
+/// One entry of a listing with attributes, in the kernel's bytes.
+struct Listed {
+    name: String,
+    number: u64,
+    /// `fuse_entry_out`.
+    entry: Vec<u8>,
+}
+
+impl Listed {
+    fn size(&self) -> u64 {
+        u64_at(&self.entry, 48)
+    }
+}
+
+impl Kernel {
+    /// One batch from an open directory, of at most `room` bytes; where the next one begins.
+    fn batch(&mut self, node: u64, fh: u64, after: u64, room: u32) -> (Vec<Listed>, u64) {
+        let mut body = fh.to_le_bytes().to_vec();
+        body.extend(after.to_le_bytes());
+        body.extend(bytes32(&[room, 0, 0, 0, 0, 0]));
+        let bytes = self.call(READDIRPLUS, node, &body).unwrap();
+        assert!(bytes.len() <= room as usize);
+        let (mut listed, mut at, mut next) = (Vec::new(), 0, after);
+        while at < bytes.len() {
+            let len = u32_at(&bytes, at + 144) as usize;
+            let name = &bytes[at + 152..at + 152 + len];
+            next = u64_at(&bytes, at + 136);
+            listed.push(Listed {
+                name: String::from_utf8(name.to_vec()).unwrap(),
+                number: u64_at(&bytes, at + 128),
+                entry: bytes[at..at + 128].to_vec(),
+            });
+            at += (152 + len).next_multiple_of(8);
+        }
+        (listed, next)
+    }
+}
+
+#[test]
+fn a_listing_with_attributes_is_told_and_counted_entry_by_entry() {
+    let (mut k, reply) = session();
+    assert_eq!(u32_at(&reply, 12) & READDIRPLUS_FLAGS, READDIRPLUS_FLAGS);
+    let (vm, directory) = (k.walk("vm"), k.walk("vm/snapshots"));
+    for name in ["a.img", "b.img", "c.img"] {
+        let (node, fh, _) = k.create(directory, name, 0).unwrap();
+        k.handle_call(RELEASE, node, fh, 16).unwrap();
+        k.send(FORGET, node, &1u64.to_le_bytes());
+    }
+    assert!(
+        k.call(GETATTR, vm, &[0; 16]).is_ok(),
+        "after the last FORGET"
+    );
+    let known = k.world.tree.known_nodes();
+    let (fh, mut after) = (u64_at(&k.call(OPENDIR, directory, &[0; 8]).unwrap(), 0), 0);
+    let mut all = Vec::new();
+    // Room for two entries, and for half of one more, which is not counted.
+    loop {
+        let (mut batch, next) = k.batch(directory, fh, after, 2 * 160 + 80);
+        if batch.is_empty() {
+            break;
+        }
+        assert_eq!(batch.len().min(2), batch.len());
+        (all, after) = (all.into_iter().chain(batch.drain(..)).collect(), next);
+        assert_eq!(k.world.tree.known_nodes(), known + all.len() - 2);
+    }
+    let names: Vec<&str> = all.iter().map(|e: &Listed| e.name.as_str()).collect();
+    assert_eq!(names, [".", "..", "a.img", "b.img", "c.img"]);
+    assert_eq!((all[0].number, all[1].number), (directory, vm));
+    for listed in &all[2..] {
+        assert_eq!(listed.number, u64_at(&listed.entry, 0));
+        let looked = k.call(LOOKUP, directory, format!("{}\0", listed.name).as_bytes());
+        let looked = looked.unwrap();
+        assert_eq!(listed.entry[..16], looked[..16], "node and generation");
+        assert_eq!(listed.entry[40..], looked[40..], "attributes");
+        assert_eq!(listed.entry[16..40], [0; 24], "neither name nor they last");
+        k.send(FORGET, listed.number, &2u64.to_le_bytes());
+    }
+    k.handle_call(RELEASEDIR, directory, fh, 16).unwrap();
+    assert_eq!(k.world.tree.known_nodes(), known, "all was forgotten");
+    // What would have to be read has its number, and attributes that no kernel takes.
+    let diffs = k.walk("vm/diffs");
+    let fh = u64_at(&k.call(OPENDIR, diffs, &[0; 8]).unwrap(), 0);
+    let (listed, _) = k.batch(diffs, fh, 0, 4096);
+    assert_eq!(listed.len(), 6);
+    for diff in &listed[2..] {
+        assert_eq!((diff.size(), diff.number >> 63), (u64::MAX, 1));
+        assert_eq!(diff.number, u64_at(&diff.entry, 0));
+        k.send(FORGET, diff.number, &1u64.to_le_bytes());
+    }
+    k.handle_call(RELEASEDIR, diffs, fh, 16).unwrap();
+    let bad = k.call(READDIRPLUS, diffs, &[9; 40]);
+    assert_eq!(bad, Err(-9), "EBADF");
+    k.destroy();
+}
+
+#[test]
+fn a_kernel_that_would_believe_any_attributes_is_not_offered_them_in_listings() {
+    for (minor, offered) in [(31, false), (32, true)] {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let mut body = bytes32(&[7, minor, 128 << 10, u32::MAX, 0]);
+        body.resize(64, 0);
+        ours.send(&request(INIT, 1, 0, &body)).unwrap();
+        let options = Options {
+            event_threads: 1,
+            workers: 1,
+        };
+        let world = world();
+        let tree = Arc::clone(&world.tree);
+        let handle = serve(OwnedFd::from(theirs), tree, options).unwrap();
+        let mut reply = vec![0; 4096];
+        assert!(ours.recv(&mut reply).unwrap() > 16);
+        let flags = u32_at(&reply, 16 + 12) & READDIRPLUS_FLAGS;
+        assert_eq!(flags != 0, offered, "{minor}");
+        ours.send(&request(DESTROY, 3, 0, &[])).unwrap();
+        handle.wait().unwrap();
+    }
+}
+
+#[test]
+fn attributes_last_a_second_and_only_where_they_cannot_change() {
+    let (mut k, _) = session();
+    let directory = k.walk("vm/snapshots");
+    let (a, fh, _) = k.create(directory, "a.img", 0).unwrap();
+    k.handle_call(RELEASE, a, fh, 16).unwrap();
+    let (_, fh, _) = k.create(directory, "b.img", 0).unwrap();
+    k.handle_call(RELEASE, a, fh, 16).unwrap();
+    let clones = k.walk("vm/clones");
+    k.link(a, clones, "b.img").unwrap();
+    let paths = [
+        ("vm/snapshots", "a.img", 1),
+        ("vm/diffs", "a..b.qcow2", 1),
+        ("vm/diffs", "a..b.json", 0),
+        ("", "vm", 0),
+        ("vm/clones", "b.img", 0),
+        ("vm", "live.img", 0),
+        ("vm", "snapshots", 0),
+        (".stillframe", "status.json", 0),
+    ];
+    for (parent, name, seconds) in paths {
+        let parent = match parent {
+            "" => ROOT.0,
+            path => k.walk(path),
+        };
+        let entry = k
+            .call(LOOKUP, parent, format!("{name}\0").as_bytes())
+            .unwrap();
+        let (name_lasts, attributes_last) = (u64_at(&entry, 16), u64_at(&entry, 24));
+        assert_eq!((name_lasts, attributes_last), (0, seconds), "{name}");
+        assert_eq!([u32_at(&entry, 32), u32_at(&entry, 36)], [0, 0], "{name}");
+        let attr = k.call(GETATTR, u64_at(&entry, 0), &[0; 16]).unwrap();
+        assert_eq!((u64_at(&attr, 0), u32_at(&attr, 8)), (seconds, 0), "{name}");
+    }
+    k.destroy();
+}
+
+#[test]
+fn what_may_change_or_fail_is_never_cached() {
+    let (mut k, _) = session();
+    let snapshots = k.walk("vm/snapshots");
+    for name in ["a.img", "b.img"] {
+        let (node, fh, _) = k.create(snapshots, name, 2).unwrap();
+        k.handle_call(RELEASE, node, fh, 16).unwrap();
+    }
+    let (a, clones) = (k.walk("vm/snapshots/a.img"), k.walk("vm/clones"));
+    k.link(a, clones, "c.img").unwrap();
+    for (path, expected) in [
+        ("vm/live.img", DIRECT_IO),
+        ("vm/clones/c.img", DIRECT_IO),
+        ("vm/diffs/a..b.qcow2", DIRECT_IO),
+        ("vm/diffs/a..b.json", DIRECT_IO),
+        ("vm/snapshots/a.img", KEEP_CACHE),
+        ("vm/diffs/a.img", KEEP_CACHE),
+    ] {
+        let node = k.walk(path);
+        let (fh, flags) = k.open(node, 0).unwrap();
+        assert_eq!(flags & (DIRECT_IO | KEEP_CACHE), expected, "{path}");
+        k.handle_call(RELEASE, node, fh, 16).unwrap();
+    }
+    k.destroy();
+}
+
+#[test]
+fn beyond_65536_open_files_and_directories_there_is_enfile() {
+    let (mut k, _) = session();
+    let (live, directory) = (k.walk("vm/live.img"), k.walk("vm"));
+    let tree = Arc::clone(&k.world.tree);
+    let flags = crate::tree::OpenFlags {
+        write: false,
+        truncate: false,
+        append: false,
+    };
+    let mut handles = Vec::new();
+    for i in 0..65_535 {
+        handles.push(match i % 2 {
+            0 => tree.open(NodeId(live), flags).unwrap().handle,
+            _ => tree.opendir(NodeId(directory)).unwrap(),
+        });
+    }
+    let (last, _) = k.open(live, 0).unwrap();
+    assert_eq!(k.open(live, 0), Err(ENFILE));
+    let opened = k.call(OPENDIR, directory, &[0; 8]);
+    assert_eq!(opened, Err(ENFILE));
+    k.handle_call(RELEASE, live, last, 16).unwrap();
+    let (last, _) = k.open(live, 0).unwrap();
+    k.handle_call(RELEASE, live, last, 16).unwrap();
+    for handle in handles {
+        tree.release(handle).unwrap();
+    }
+    k.destroy();
+}
+
+#[test]
+fn extended_attributes_are_neither_set_nor_removed() {
+    let (mut k, _) = session();
+    let (a, fh, _) = {
+        let directory = k.walk("vm/snapshots");
+        k.create(directory, "a.img", 2).unwrap()
+    };
+    for node in [a, k.walk("vm/live.img"), k.walk("vm")] {
+        for (name, errno) in [
+            ("user.stillframe.uuid", EPERM),
+            ("user.stillframe.new", EPERM),
+            ("user.other", EOPNOTSUPP),
+        ] {
+            assert_eq!(k.setxattr(node, name, "a"), Err(errno), "{name}");
+            let name = format!("{name}\0");
+            let removed = k.call(REMOVEXATTR, node, name.as_bytes());
+            assert_eq!(removed, Err(errno), "{name}");
+        }
+    }
+    k.handle_call(RELEASE, a, fh, 16).unwrap();
     k.destroy();
 }

@@ -5,9 +5,9 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use fuser::{FileAttr, FileType, INodeNo, OpenAccMode, RenameFlags};
+use fuser::{FileAttr, FileType, INodeNo, OpenAccMode, RenameFlags, Version};
 
-use crate::tree::{Attr, BLOCK_SIZE, FileKind, OpenFlags, RenameMode, Seek, SpaceChange};
+use crate::tree::{Attr, BLOCK_SIZE, DirEntry, FileKind, OpenFlags, RenameMode, Seek, SpaceChange};
 
 #[cfg(not(any(
     target_arch = "x86_64",
@@ -32,6 +32,10 @@ const FALLOC_ZERO_RANGE: i32 = 0x10;
 
 const SEEK_DATA: i32 = 3;
 const SEEK_HOLE: i32 = 4;
+
+/// The first protocol (Linux 5.10) whose kernels surely refuse attributes with an impossible size
+/// instead of believing them.
+pub(super) const LISTS_WITH_ATTRIBUTES: Version = Version(7, 32);
 
 /// How a file is opened.
 pub(super) fn open_flags(flags: fuser::OpenFlags) -> OpenFlags {
@@ -103,6 +107,32 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
         nlink: attr.nlink,
         uid: attr.uid,
         gid: attr.gid,
+        rdev: 0,
+        blksize: BLOCK_SIZE,
+        flags: 0,
+    }
+}
+
+/// What a listing says of an entry whose attributes it does not tell: its number and kind, and a size
+/// that no file can have. A kernel that knows protocol [`LISTS_WITH_ATTRIBUTES`] lists the entry, takes
+/// nothing else of it, and gives back at once the lookup that was counted.
+///
+/// The protocol has a better word for this (node 0), but fuser has one number for the node and for
+/// what `readdir` shows.
+pub(super) fn untold_attr(entry: &DirEntry) -> FileAttr {
+    FileAttr {
+        ino: INodeNo(entry.node.0),
+        size: u64::MAX,
+        blocks: 0,
+        atime: UNIX_EPOCH,
+        mtime: UNIX_EPOCH,
+        ctime: UNIX_EPOCH,
+        crtime: UNIX_EPOCH,
+        kind: file_type(entry.kind),
+        perm: 0,
+        nlink: 0,
+        uid: 0,
+        gid: 0,
         rdev: 0,
         blksize: BLOCK_SIZE,
         flags: 0,

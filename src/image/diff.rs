@@ -246,4 +246,32 @@ mod tests {
         assert_eq!(list(&long, &whole), expected);
         assert!(long.read.load(Ordering::Relaxed) <= 4 << 20);
     }
+
+    /// Zeros without end.
+    struct Nothing;
+
+    impl Image for Nothing {
+        fn size(&self) -> u64 {
+            u64::MAX
+        }
+        fn read_at(&self, _offset: u64, buf: &mut [u8]) -> Result<()> {
+            buf.fill(0);
+            Ok(())
+        }
+        fn next_data(&self, _offset: u64) -> Result<Option<u64>> {
+            Ok(None)
+        }
+        fn next_hole(&self, offset: u64) -> Result<u64> {
+            Ok(offset)
+        }
+    }
+
+    #[test]
+    fn a_diff_in_too_many_pieces_is_refused() {
+        let pieces = |n: u64| (0..n).map(|i| 2 * i..2 * i + 1).collect::<Vec<_>>();
+        let all = looked_at(&Nothing, &pieces(4_194_304), 1).unwrap();
+        assert_eq!(all.len(), 4_194_304);
+        let refused = looked_at(&Nothing, &pieces(4_194_305), 1).unwrap_err();
+        assert_eq!(refused.kind(), Kind::Limit);
+    }
 }

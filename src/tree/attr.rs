@@ -102,8 +102,7 @@ impl Tree {
 
     /// The instant of the newest snapshot of a volume, else when the volume was added.
     fn newest(&self, v: &VolumeNode) -> Result<i64> {
-        let taken = self.engine.snapshots(&v.info.name)?;
-        let newest = taken.iter().map(|s| s.taken_ns).max();
+        let newest = self.engine.newest_snapshot_ns(&v.info.name)?;
         Ok(newest.unwrap_or(v.info.added_ns))
     }
 

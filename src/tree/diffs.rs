@@ -149,6 +149,13 @@ impl Computed {
         slot
     }
 
+    /// How many were or are being computed, and are kept.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.len()
+    }
+
     /// Forgets the oldest until the rest is small enough; one may be larger alone.
     fn trim(&self) {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);

@@ -40,7 +40,7 @@ impl Tree {
         let node = match name {
             "." => parent,
             ".." => self.above(parent)?,
-            name => self.named(parent, name)?,
+            name => self.named(&parent, name)?,
         };
         let attr = self.attr(&node)?;
         self.nodes.remember(attr.node, &node);
@@ -60,7 +60,7 @@ impl Tree {
         })
     }
 
-    fn named(&self, parent: Node, name: &str) -> Result<Node> {
+    fn named(&self, parent: &Node, name: &str) -> Result<Node> {
         Ok(match parent {
             Node::Root if name == CONTROL_NAME => Node::Control,
             Node::Root => Node::VolumeDirectory(
@@ -73,12 +73,12 @@ impl Tree {
                     .find(named);
                 Node::Status(file.ok_or_else(|| absent(name))?)
             }
-            Node::VolumeDirectory(v) if name == LIVE_NAME => Node::Live(v),
-            Node::VolumeDirectory(v) if name == SNAPSHOTS_NAME => Node::Snapshots(v),
-            Node::VolumeDirectory(v) if name == CLONES_NAME => Node::Clones(v),
-            Node::VolumeDirectory(v) if name == DIFFS_NAME => Node::Diffs(v),
+            Node::VolumeDirectory(v) if name == LIVE_NAME => Node::Live(v.clone()),
+            Node::VolumeDirectory(v) if name == SNAPSHOTS_NAME => Node::Snapshots(v.clone()),
+            Node::VolumeDirectory(v) if name == CLONES_NAME => Node::Clones(v.clone()),
+            Node::VolumeDirectory(v) if name == DIFFS_NAME => Node::Diffs(v.clone()),
             Node::VolumeDirectory(_) => return Err(absent(name)),
-            Node::Diffs(v) => self.diff_named(v, name)?,
+            Node::Diffs(v) => self.diff_named(v.clone(), name)?,
             Node::Snapshots(v) => {
                 let snapshot = image_name(name).map_err(|_| absent(name))?;
                 let info = self.engine.snapshot(&v.info.name, &snapshot)?;
@@ -142,6 +142,50 @@ impl Tree {
             }
         }
         Ok(())
+    }
+
+    /// Like [`Tree::readdir`], and hands out with each entry what a lookup of its name would answer
+    /// now. There are no attributes with `.` and `..`, with what is not there any more under that name,
+    /// and where telling them would read content (a diff, a status file): listing stays cheap.
+    ///
+    /// Each entry but `.` and `..` that fits counts like a lookup, with and without attributes.
+    ///
+    /// # Errors
+    /// Those of [`Tree::readdir`].
+    pub fn readdir_plus(
+        &self,
+        handle: HandleId,
+        after: u64,
+        mut give: impl FnMut(&DirEntry, Option<&Attr>) -> bool,
+    ) -> Result<()> {
+        let open = self.handles.get(handle)?;
+        let Handle::Directory { node: parent, .. } = &*open else {
+            return Err(TreeError::BadHandle);
+        };
+        let parent = self.resolve(*parent)?;
+        self.readdir(handle, after, |entry| {
+            if entry.cookie <= COOKIE_DOT + 1 {
+                return give(entry, None);
+            }
+            let node = self.listed(&parent, entry);
+            let attr = node.as_ref().and_then(|node| match node {
+                Node::Diff(_) | Node::Status(_) => None,
+                node => self.attr(node).ok(),
+            });
+            let full = give(entry, attr.as_ref());
+            match node {
+                Some(node) if !full => self.nodes.remember(entry.node, &node),
+                None if !full => self.nodes.remember_again(entry.node),
+                _ => {}
+            }
+            full
+        })
+    }
+
+    /// The node of an entry, if it still has that name.
+    fn listed(&self, parent: &Node, entry: &DirEntry) -> Option<Node> {
+        let node = self.named(parent, &entry.name).ok()?;
+        (node.id().ok()? == entry.node).then_some(node)
     }
 
     fn list(&self, id: NodeId) -> Result<Vec<DirEntry>> {

@@ -38,6 +38,11 @@ impl World {
             .load(Ordering::SeqCst)
     }
 
+    /// From the next opening on the sources are not there, or are there again.
+    pub fn hide_sources(&self, hidden: bool) {
+        self.sources.hidden.store(hidden, Ordering::SeqCst);
+    }
+
     /// A new life: after a clean stop, or after the process was killed and `between` was done to the
     /// disks.
     pub fn restart(&mut self, kill: bool, between: impl FnOnce(&SimWorld)) {
@@ -88,6 +93,7 @@ pub(crate) fn world() -> World {
     let sim = SimWorld::new(1);
     let sources = Arc::new(CountingSources {
         sim: sim.clone(),
+        hidden: AtomicBool::new(false),
         opened: Mutex::new(HashMap::new()),
     });
     let index = MemoryIndexHome::new();
@@ -129,6 +135,11 @@ impl Status {
     pub fn panic_next(&self) {
         self.panic.store(true, Ordering::Relaxed);
     }
+
+    /// How often a status file was rendered.
+    pub fn renders(&self) -> u64 {
+        self.renders.load(Ordering::Relaxed)
+    }
 }
 
 impl StatusSource for Status {
@@ -156,14 +167,15 @@ impl StatusSource for Status {
 /// Simulated disks by name, each with its syncs counted.
 struct CountingSources {
     sim: SimWorld,
+    hidden: AtomicBool,
     opened: Mutex<HashMap<String, Arc<CountingDisk>>>,
 }
 
 impl Sources for CountingSources {
     fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
-        let disk = self
-            .sim
-            .disk(path)
+        let disk = self.sim.disk(path);
+        let disk = disk
+            .filter(|_| !self.hidden.load(Ordering::SeqCst))
             .ok_or_else(|| Error::new(Kind::NotFound, path))?;
         let disk = Arc::new(CountingDisk {
             disk,

@@ -28,7 +28,8 @@
 //! - T5: a handle that wrote is flushed to durability when it is flushed, before the answer.
 //!
 //! Locks: the node table and the handle table, each for a lookup or a change only, never across a
-//! call into the engine. All methods may be called from any thread.
+//! call into the engine; the listing of an open directory, around both. All methods may be called
+//! from any thread.
 
 mod attr;
 mod change;

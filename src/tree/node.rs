@@ -124,6 +124,28 @@ impl Node {
     }
 }
 
+impl Node {
+    /// Its number.
+    ///
+    /// # Errors
+    /// `Limit` for a diff that can have none.
+    pub fn id(&self) -> Result<NodeId> {
+        Ok(match self {
+            Node::Root => ROOT,
+            Node::Control => CONTROL,
+            Node::Status(file) => status_entry(*file).0,
+            Node::VolumeDirectory(v) => volume_directory(v.info.ino_base),
+            Node::Live(v) => live_node(v.info.ino_base),
+            Node::Snapshots(v) => snapshots_node(v.info.ino_base),
+            Node::Clones(v) => clones_node(v.info.ino_base),
+            Node::Diffs(v) => diffs_node(v.info.ino_base),
+            Node::Diff(diff) => diff.id()?,
+            Node::Snapshot { info, .. } => NodeId(info.ino),
+            Node::Clone { info, .. } => NodeId(info.ino),
+        })
+    }
+}
+
 /// What the table keeps of a node.
 #[derive(Clone)]
 enum Known {
@@ -174,6 +196,14 @@ impl Nodes {
                 lookups: lookups + 1,
             },
         );
+    }
+
+    /// Counts an answer that names a node of which nothing is there any more but what the table knows;
+    /// one it does not know needs no entry.
+    pub fn remember_again(&self, id: NodeId) {
+        if let Some(entry) = self.lock().get_mut(&id.0) {
+            entry.lookups += 1;
+        }
     }
 
     fn forget(&self, id: NodeId, count: u64) {

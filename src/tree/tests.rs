@@ -3,8 +3,11 @@
 mod changes;
 mod clones;
 mod diffs;
+mod durable;
 mod facts;
 mod faults;
+mod listings;
+mod sentences;
 mod whole_image;
 
 use super::*;

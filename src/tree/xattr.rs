@@ -146,3 +146,29 @@ fn live_facts(info: &VolumeInfo) -> Vec<Fact> {
         ("source", info.source.clone()),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::fixture::world;
+
+    #[test]
+    fn each_state_has_its_word() {
+        let w = world();
+        let vm = Name::new("vm").unwrap();
+        let mut info = w.engine.volume(&vm).unwrap().info();
+        let why = || "of this".to_owned();
+        for (state, text) in [
+            (VolumeState::Active, "active"),
+            (VolumeState::Unverified, "unverified"),
+            (VolumeState::Changed(why()), "changed: of this"),
+            (VolumeState::Suspect(why()), "suspect: of this"),
+            (VolumeState::Missing(why()), "missing: of this"),
+            (VolumeState::Unfinished(why()), "unfinished: of this"),
+        ] {
+            info.state = state;
+            let facts = live_facts(&info);
+            assert_eq!(facts[1], ("state", text.to_owned()));
+        }
+    }
+}

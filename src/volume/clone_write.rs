@@ -95,6 +95,15 @@ impl Writer<'_> {
         Ok(())
     }
 
+    /// Overlays count against the limit of this run; what lies in one already may be written on.
+    fn within_limit(&self, fresh: u64) -> Result<()> {
+        if fresh == 0 || self.shared.limit_allows(fresh)? {
+            return Ok(());
+        }
+        let why = "the limit for the store is reached: nothing was written to the clone";
+        Err(Error::new(Kind::NoSpace, why))
+    }
+
     /// One piece of at most [`PIECE_MAX`] bytes.
     fn change(&self, offset: u64, new: &[u8], compare: bool) -> Result<()> {
         let clone = self.clone;
@@ -134,6 +143,7 @@ impl Writer<'_> {
             .map(|g| (g.end - g.start) * grain.bytes())
             .sum();
         self.room(fresh + new.len() as u64)?;
+        self.within_limit(fresh)?;
         clone.note_change(self.shared.env.clock.now_ns());
         for run in &missing {
             self.put_fresh(&view, run, offset, new)?;

@@ -334,6 +334,14 @@ impl Engine {
         snapshots::list(&self.shared, volume)
     }
 
+    /// The latest instant of a volume's snapshots, in nanoseconds since 1970; none without snapshots.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn newest_snapshot_ns(&self, volume: &Name) -> Result<Option<i64>> {
+        snapshots::newest_ns(&self.shared, volume)
+    }
+
     /// One snapshot.
     ///
     /// # Errors

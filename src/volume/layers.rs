@@ -371,6 +371,12 @@ impl Shared {
         }
     }
 
+    /// Whether there are files that [`Shared::remove_doomed_layers`] would remove.
+    pub fn has_free_layers(&self) -> bool {
+        let clones = lock(&self.clones);
+        clones.doomed.iter().any(|l| Arc::strong_count(l) == 1)
+    }
+
     /// Removes the files of doomed layers that nobody reads any more; returns whether there were any.
     ///
     /// # Errors

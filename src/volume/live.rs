@@ -75,9 +75,12 @@ pub(in crate::volume) fn is_zero(bytes: &[u8]) -> bool {
 impl Volume {
     /// Facts.
     pub fn info(&self) -> VolumeInfo {
-        let catalog = lock(&self.shared.catalog);
-        let entry = catalog.volumes.get(&self.vol.id).cloned();
-        drop(catalog);
+        // Not the whole entry: this is asked for at every look at a name, and there may be thousands
+        // of snapshots in it.
+        let (ino_base, added_ns, options) = lock(&self.shared.catalog)
+            .volumes
+            .get(&self.vol.id)
+            .map_or_else(Default::default, |e| (e.ino_base, e.added_ns, e.options));
         let state = self.vol.state();
         let grain = self.vol.grain.bytes();
         let used = self.shared.map.data_grains(self.vol.id()) * grain;
@@ -94,12 +97,12 @@ impl Volume {
                 }
                 (health, _) => health.clone(),
             },
-            ino_base: entry.as_ref().map_or(0, |e| e.ino_base),
+            ino_base,
             mtime_ns: state.mtime_ns,
-            added_ns: entry.as_ref().map_or(0, |e| e.added_ns),
+            added_ns,
             used,
             reclaimable: state.reclaimable.min(used),
-            options: entry.map(|e| e.options).unwrap_or_default(),
+            options,
         }
     }
 

@@ -340,6 +340,17 @@ pub fn list(shared: &Shared, volume: &Name) -> Result<Vec<SnapshotInfo>> {
         .collect())
 }
 
+/// The latest instant of a volume's snapshots.
+///
+/// # Errors
+/// `NotFound`.
+pub fn newest_ns(shared: &Shared, volume: &Name) -> Result<Option<i64>> {
+    let vol = shared.find(volume)?;
+    let catalog = lock(&shared.catalog);
+    let entry = catalog.volumes.get(&vol.id);
+    Ok(entry.and_then(|e| e.snapshots.values().map(|s| s.taken_ns).max()))
+}
+
 /// Deletes a snapshot, and may keep a bookmark in its place; durable when it returns.
 ///
 /// # Errors

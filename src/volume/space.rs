@@ -93,8 +93,8 @@ impl Shared {
     }
 
     /// Whether reclaim has something to do, so that space may come back.
-    fn reclaimable(&self) -> bool {
-        !lock(&self.reclaim_due).is_empty()
+    pub(in crate::volume) fn reclaimable(&self) -> bool {
+        !lock(&self.reclaim_due).is_empty() || self.has_free_layers()
     }
 
     /// Wakes writers that wait for space.

@@ -16,25 +16,25 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::counted::{CountedSources, Counts};
 pub use crate::rig::Chance;
 
 use stillframe::error::Result;
 use stillframe::fuse::{Options, SessionHandle, serve};
 use stillframe::map::sled_index::SledHome;
 use stillframe::sys::clock::{Clock, SystemClock};
-use stillframe::sys::disk::{Dir, Disk, Space};
+use stillframe::sys::disk::{Dir, Space};
 use stillframe::sys::file::{FileDir, FileDisk};
 use stillframe::sys::mount::{Unmount, escape_source, mount_fuse, unmount};
 use stillframe::sys::process::{effective_gid, effective_uid};
-use stillframe::sys::source::FileSources;
-use stillframe::tree::{StatusFile, StatusSource, Tree};
+use stillframe::tree::{NodeId, StatusFile, StatusSource, Tree};
 use stillframe::units::Name;
-use stillframe::volume::{Engine, Environment, Settings, Sources, VolumeInfo, VolumeOptions};
+use stillframe::volume::{Engine, Environment, Settings, VolumeInfo, VolumeOptions};
 
 /// What a test needs of the machine.
 #[derive(Clone, Copy, PartialEq)]
@@ -71,14 +71,6 @@ pub fn qemu_img(test: &str) -> bool {
     assert!(std::env::var_os("STILLFRAME_CI").is_none(), "{text}");
     io::stderr().write_all(text.as_bytes()).unwrap();
     false
-}
-
-struct RealSources;
-
-impl Sources for RealSources {
-    fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
-        FileSources.open(path)
-    }
 }
 
 struct RealStatus(FileDir);
@@ -136,12 +128,16 @@ impl Maintenance {
 struct Running {
     engine: Arc<Engine>,
     session: SessionHandle,
+    tree: Arc<Tree>,
     maintenance: Maintenance,
 }
 
 /// A mounted store.
 pub struct Mount {
     running: Option<Running>,
+    counts: Arc<Counts>,
+    /// Whether others than who mounts may come in.
+    others: bool,
     path: PathBuf,
     dir: tempfile::TempDir,
 }
@@ -149,6 +145,11 @@ pub struct Mount {
 impl Mount {
     /// An empty store, mounted.
     pub fn new() -> Mount {
+        Mount::open_to(false)
+    }
+
+    /// An empty store, mounted with or without `allow_other`.
+    pub fn open_to(others: bool) -> Mount {
         let dir = tempfile::Builder::new()
             .prefix("mounted-")
             .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
@@ -157,6 +158,8 @@ impl Mount {
         fs::create_dir(&path).unwrap();
         let mut mount = Mount {
             running: None,
+            counts: Arc::default(),
+            others,
             path,
             dir,
         };
@@ -170,7 +173,7 @@ impl Mount {
         Environment {
             dir: Arc::new(dir),
             index: Arc::new(SledHome::new(self.scratch("store").join("map"))),
-            sources: Arc::new(RealSources),
+            sources: Arc::new(CountedSources(Arc::clone(&self.counts))),
             clock: Arc::new(SystemClock),
         }
     }
@@ -179,18 +182,19 @@ impl Mount {
         let engine = Engine::open(self.environment(), settings()).unwrap();
         let store = self.scratch("store");
         let status = Arc::new(RealStatus(FileDir::open(&store).unwrap()));
-        let tree = Tree::new(
+        let tree = Arc::new(Tree::new(
             Arc::clone(&engine),
             effective_uid(),
             effective_gid(),
             status,
-        );
-        let fd = mount_fuse(&self.path, &escape_source(&store), false).unwrap();
-        let session = serve(fd, Arc::new(tree), Options::default()).unwrap();
+        ));
+        let fd = mount_fuse(&self.path, &escape_source(&store), self.others).unwrap();
+        let session = serve(fd, Arc::clone(&tree), Options::default()).unwrap();
         self.running = Some(Running {
             maintenance: Maintenance::start(&engine),
             engine,
             session,
+            tree,
         });
     }
 
@@ -233,6 +237,24 @@ impl Mount {
 
     pub fn engine(&self) -> &Engine {
         &self.running.as_ref().unwrap().engine
+    }
+
+    /// Reads and syncs of the sources so far.
+    pub fn source_reads_and_syncs(&self) -> (u64, u64) {
+        let count = |n: &AtomicU64| n.load(Ordering::SeqCst);
+        (count(&self.counts.reads), count(&self.counts.syncs))
+    }
+
+    /// Nodes that the kernel knows, the fixed ones aside.
+    pub fn known_nodes(&self) -> usize {
+        self.running.as_ref().unwrap().tree.known_nodes()
+    }
+
+    /// Has the kernel drop a name and, if nothing else holds it, forget the node.
+    pub fn drop_name(&self, directory: &Path, name: &str) {
+        let parent = NodeId(fs::metadata(directory).unwrap().ino());
+        let session = &self.running.as_ref().unwrap().session;
+        session.invalidate_entry(parent, name).unwrap();
     }
 
     /// Puts a file under protection.
@@ -371,6 +393,12 @@ fn answer(result: i32) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// An ioctl(2) that no file knows, with no argument.
+pub fn unknown_ioctl(file: &File) -> io::Result<()> {
+    // SAFETY: _IO('x', 0x42) carries no data; the descriptor is open.
+    answer(unsafe { libc::ioctl(file.as_raw_fd(), 0x7842) })
 }
 
 /// fallocate(2).

@@ -274,6 +274,9 @@ fn the_header_names_the_older_image_and_both_uuids() {
     let has = |needle: &[u8]| bytes.windows(needle.len()).any(|w| w == needle);
     assert!(has(b"QFI\xfb") && has(b"raw") && has(b"a.img"));
     assert!(has(&[[0xaa; 16], [0xbb; 16]].concat()) && has(b"STLF"));
+    assert_eq!(bytes[4..8], [0, 0, 0, 3], "the version");
+    assert_eq!(bytes[20..24], [0, 0, 0, 16], "clusters of 64 KiB");
+    assert_eq!(bytes[24..32], 1024u64.to_be_bytes(), "whole sectors");
     let past = file.read_at(file.size() - 1, &mut [0; 2]).unwrap_err();
     assert_eq!(past.kind(), Kind::Invalid);
     let long = Ends {

@@ -55,7 +55,13 @@ fn a_revert_is_refused_while_somebody_writes_and_elsewhere() {
     let (one, two) = (w.open("vm/live.img", WRITE), w.open("vm/live.img", WRITE));
     let reader = w.open("vm/live.img", READ).unwrap();
     let (one, two) = (one.unwrap(), two.unwrap());
+    let begun = std::time::Instant::now();
     assert_eq!(kind(set(live, b"a").unwrap_err()), Kind::Busy);
+    let waited = begun.elapsed();
+    assert!(
+        waited.as_secs() >= 2,
+        "a close may be on its way: {waited:?}"
+    );
     w.tree.release(one).unwrap();
     assert_eq!(kind(set(live, b"a").unwrap_err()), Kind::Busy);
     w.tree.release(two).unwrap();

@@ -152,6 +152,7 @@ fn numbers_and_bytes_are_the_same_after_a_restart() {
     }
     let taken = w.walk("vm/snapshots/d.img").unwrap().ctime_ns;
     assert_eq!(before[2].0.mtime_ns, taken, "the newer one's instant");
+    assert_eq!(before[2].0.ctime_ns, taken);
     let mut numbers: Vec<_> = before.iter().map(|(attr, _)| attr.node).collect();
     numbers.sort_unstable();
     numbers.dedup();

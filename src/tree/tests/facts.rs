@@ -112,12 +112,14 @@ fn times_of_directories_are_those_of_what_was_added() {
     w.touch("vm", "a.img");
     let b = w.touch("vm", "b.img");
     assert_eq!(mtime("vm/snapshots"), b.ctime_ns);
+    assert_eq!(mtime("vm/diffs"), b.ctime_ns);
     let directory = w.node("vm/snapshots");
     w.tree
         .rename(directory, "a.img", directory, "c.img", RenameMode::Plain)
         .unwrap();
     w.tree.unlink(directory, "c.img").unwrap();
     assert_eq!(mtime("vm/snapshots"), b.ctime_ns, "not moved by either");
+    assert_eq!(mtime("vm/diffs"), b.ctime_ns, "not moved by either");
     for path in [".stillframe", ".stillframe/status.json"] {
         assert_eq!(mtime(path), w.status.now_ns(), "{path}");
     }

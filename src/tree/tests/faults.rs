@@ -190,3 +190,50 @@ fn after_a_failed_sync_nothing_is_promised_until_an_operator_accepts() {
     assert!(touched(&w, "b.img"));
     assert_eq!(w.content("vm/snapshots/a.img")[..8192], pattern(8192, 3));
 }
+
+/// Space is kept for it: deletions are the way out of a full store.
+#[test]
+fn snapshots_can_be_deleted_on_a_full_store_until_what_is_kept_for_it_is_used_up() {
+    let w = world();
+    w.write("vm/live.img", 0, &pattern(World::VM as usize, 1));
+    w.touch("vm", "a.img");
+    w.touch("vm", "b.img");
+    w.sim.set_space("store", Some(0));
+    let handle = w.open("vm/live.img", WRITE).unwrap();
+    let mut refused = None;
+    for round in 0u8..8 {
+        let new = pattern(World::VM as usize, 16 + round);
+        let mut pieces = new.chunks(65536).enumerate();
+        refused = pieces.find_map(|(i, p)| w.tree.write(handle, i as u64 * 65536, p, false).err());
+        if refused.is_some() || !touched(&w, &format!("s{round}.img")) {
+            break;
+        }
+    }
+    assert_eq!(refused.map(kind), Some(Kind::NoSpace), "the store is full");
+    let directory = w.node("vm/snapshots");
+    w.tree.unlink(directory, "a.img").unwrap();
+    // Every change of the catalogue takes a little of what is kept; in the end there is none left.
+    let mut names = ["b.img", "c.img"];
+    let ends = (0..100_000).find_map(|_| {
+        let [from, to] = names;
+        let renamed = w
+            .tree
+            .rename(directory, from, directory, to, RenameMode::Plain);
+        names.swap(0, 1);
+        renamed.err()
+    });
+    assert_eq!(
+        ends.map(kind),
+        Some(Kind::NoSpace),
+        "what is kept has an end"
+    );
+    names.swap(0, 1);
+    let before = w.names("vm/snapshots");
+    if let Err(e) = w.tree.unlink(directory, names[0]) {
+        assert_eq!(kind(e), Kind::NoSpace);
+        assert_eq!(w.names("vm/snapshots"), before, "refused is not done");
+    }
+    w.sim.set_space("store", None);
+    let still = w.names("vm/snapshots").contains(&names[0].to_owned());
+    assert_eq!(w.tree.unlink(directory, names[0]).is_ok(), still);
+}
