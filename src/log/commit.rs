@@ -36,6 +36,10 @@ pub const BATCH_RECORDS_MAX: usize = 512;
 /// Zeros are written ahead in steps of this many bytes, so that a sync of a batch is one device
 /// flush (blocks already allocated) and a small store stays small.
 const PREWRITE_STEP: u64 = 4 << 20;
+/// Bytes of a batch up to which zeros are written ahead for speed. The next one after a larger batch is
+/// likely as large (a revert), and to write its blocks twice costs more than the change of the file's
+/// metadata that it saves. What the reserve needs is written ahead all the same.
+const AHEAD_BATCH_MAX: u64 = 2 * BATCH_PAYLOAD_MAX as u64;
 /// Bytes written ahead that preserved content must leave free: what deletions, marks of failure and
 /// new snapshots need when the disk is full.
 pub const RESERVE: u64 = 256 << 10;
@@ -821,10 +825,13 @@ impl Writer {
             }
         }
         let from = self.prewritten.max(end);
-        let step = (needed + 1)
-            .next_multiple_of(PREWRITE_STEP)
-            .min(segment_bytes)
-            .max(needed);
+        let step = match end - self.tail.end > AHEAD_BATCH_MAX {
+            true => needed,
+            false => (needed + 1)
+                .next_multiple_of(PREWRITE_STEP)
+                .min(segment_bytes)
+                .max(needed),
+        };
         // A limit that cannot be looked up does not keep anybody from deleting.
         let limited = ahead > 0 && !sink.may_grow(step - self.prewritten).unwrap_or(false);
         if bulk && limited && !sink.may_grow(ahead)? {

@@ -32,6 +32,11 @@ pub trait Disk: Send + Sync {
     /// The system's error: everything written since the last success counts as lost.
     fn sync_data(&self) -> io::Result<()>;
 
+    /// Has the system begin to write back what was written to a range, so that less is left for the
+    /// next [`Disk::sync_data`]. A hint and nothing more: it proves nothing, reports no error and takes
+    /// none from that sync.
+    fn start_writing(&self, _offset: u64, _len: u64) {}
+
     /// Size in bytes.
     ///
     /// # Errors

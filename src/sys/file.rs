@@ -142,6 +142,16 @@ impl Disk for FileDisk {
         self.file.sync_data()
     }
 
+    fn start_writing(&self, offset: u64, len: u64) {
+        let (Ok(offset), Ok(len)) = (file_offset(offset), file_offset(len)) else {
+            return;
+        };
+        // Only this flag: those that wait would take an error of writing back from the next sync.
+        let how = libc::SYNC_FILE_RANGE_WRITE;
+        // SAFETY: takes numbers only; the descriptor is open as long as `self.file`.
+        let _ = unsafe { libc::sync_file_range(self.file.as_raw_fd(), offset, len, how) };
+    }
+
     fn size(&self) -> io::Result<u64> {
         if self.device {
             return self.seek(0, libc::SEEK_END);

@@ -36,6 +36,7 @@ mod reclaim;
 mod recovery;
 mod resize;
 mod revert;
+mod revert_groups;
 mod shared;
 mod snapshots;
 mod space;

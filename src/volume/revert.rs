@@ -13,11 +13,9 @@
 //!
 //! The policy of the volume for a full thin target is not asked: a revert fails, never a snapshot.
 
-use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::log::commit::BATCH_RECORDS_MAX;
 use crate::map::GrainSet;
 use crate::sys::planted::{Bug, planted, point};
 use crate::units::{Epoch, Name};
@@ -26,18 +24,13 @@ use crate::volume::catalog::{
 };
 use crate::volume::engine::Engine;
 use crate::volume::facts::{Reverted, SnapshotInfo, SnapshotState};
-use crate::volume::live::{Change, Old, PIECE_MAX, Volume, flush, is_zero};
+use crate::volume::live::{Volume, flush};
 use crate::volume::read::Snapshot;
 use crate::volume::resize::Claim;
+use crate::volume::revert_groups::{GROUP_BYTES, RUNS_MAX};
 use crate::volume::shared::lock;
 use crate::volume::{reclaim, snapshots};
 
-/// Bytes of grains that are preserved with one batch: each batch waits for a sync, so a revert takes
-/// larger ones than writers do. Its memory is three times as much.
-const GROUP_BYTES: u64 = 4 * PIECE_MAX;
-/// Runs of grains that are preserved with one batch. Grain by grain, records and their copy stay far
-/// below the limit of a commit block.
-const RUNS_MAX: usize = BATCH_RECORDS_MAX;
 /// Bytes of an undo snapshot's name.
 const NAME_MAX: usize = 200;
 /// Bytes of the log that a preserved grain takes besides its content, at most: its checksum and, if no
@@ -120,22 +113,6 @@ fn still_good(snap: &SnapEntry) -> Result<()> {
             Kind::Failed,
             format!("snapshot {} has failed: {why}", snap.name),
         )),
-    }
-}
-
-/// A run of grains of the target, and which bytes of it have to be written.
-struct Part {
-    start: u64,
-    new: Vec<u8>,
-    data: Vec<Range<u64>>,
-    zero: Vec<Range<u64>>,
-}
-
-/// Adds a run that begins at or after the end of the last one.
-fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
-    match runs.last_mut() {
-        Some(last) if last.end == run.start => last.end = run.end,
-        _ => runs.push(run),
     }
 }
 
@@ -310,30 +287,8 @@ impl Volume {
         let within = 0..target.size().div_ceil(grain);
         let total = set.ranges_in(within.clone()).map(|r| r.end - r.start);
         let total = total.sum::<u64>() * grain;
-        let (mut seen, mut written) = (0, 0);
-        let mut group: Vec<Range<u64>> = Vec::new();
-        let mut room = GROUP_BYTES;
         progress(0, total);
-        for run in set.ranges_in(within) {
-            let mut at = run.start;
-            while at < run.end {
-                let next = self.skip_holes(&target, at..run.end)?;
-                seen += (next - at) * grain;
-                let len = (room / grain).max(1).min(run.end - next);
-                at = next + len;
-                if len > 0 {
-                    group.push(next..at);
-                    room = room.saturating_sub(len * grain);
-                }
-                if room < grain || group.len() == RUNS_MAX {
-                    written += self.apply(&target, &group)?;
-                    seen += group.drain(..).map(|r| r.end - r.start).sum::<u64>() * grain;
-                    room = GROUP_BYTES;
-                    progress(seen, total);
-                }
-            }
-        }
-        written += self.apply(&target, &group)?;
+        let written = self.bring(&target, &set, within, progress)?;
         if !planted(Bug::RevertUnsynced) {
             flush(vol)?;
         }
@@ -361,93 +316,6 @@ impl Volume {
         // there was preserved when it was cut off, so it counts as changed.
         let map = &self.shared.map;
         Ok(map.changed_between(vol.id(), epoch, None))
-    }
-
-    /// How far the grains of a long run are holes on both sides.
-    fn skip_holes(&self, target: &Snapshot, run: Range<u64>) -> Result<u64> {
-        let grain = self.vol.grain.bytes();
-        if (run.end - run.start) * grain < PIECE_MAX {
-            return Ok(run.start);
-        }
-        let at = run.start * grain;
-        let here = self.vol.source()?.next_data(at);
-        let here = here.context(|| "cannot look for holes in the source")?;
-        let data = here.unwrap_or(u64::MAX);
-        if data / grain <= run.start {
-            return Ok(run.start);
-        }
-        let data = data.min(target.next_data(at)?.unwrap_or(u64::MAX));
-        Ok((data / grain).clamp(run.start, run.end))
-    }
-
-    /// Brings runs of grains to the target. Until all of them are preserved nothing is written.
-    /// Returns the bytes written.
-    fn apply(&self, target: &Snapshot, runs: &[Range<u64>]) -> Result<u64> {
-        self.shared.check_open()?;
-        let mut entries = Vec::new();
-        let mut parts = Vec::new();
-        for run in runs {
-            let (part, old) = self.compare(target, run)?;
-            let needs: Vec<Range<u64>> = {
-                let state = self.vol.state();
-                state.preserved.gaps_in(run.clone()).collect()
-            };
-            let changes = |grain: u64| {
-                let at = grain * self.vol.grain.bytes();
-                let mut written = part.data.iter().chain(&part.zero);
-                written.any(|range| range.contains(&at))
-            };
-            entries.extend(self.undo(&needs, &old, &changes));
-            parts.push(part);
-        }
-        if !entries.is_empty() {
-            self.shared.append(entries)?;
-        }
-        let mut written = 0;
-        for part in parts {
-            // The undo snapshot may be deleted by now, and a bookmark be newer than what is left.
-            for run in part.data.iter().chain(&part.zero) {
-                let grains = self.vol.grain.cover(run.clone());
-                self.shared.track(&self.vol, grains)?;
-            }
-            let runs = part.data.iter().chain(&part.zero);
-            written += runs.map(|r| r.end - r.start).sum::<u64>();
-            point("revert overwrites");
-            self.put(part.start, Change::Bytes(&part.new), &part.data)?;
-            self.put(part.start, Change::Zero, &part.zero)?;
-        }
-        Ok(written)
-    }
-
-    /// Which bytes of a run of grains differ from the target, by whole grains.
-    fn compare(&self, target: &Snapshot, run: &Range<u64>) -> Result<(Part, Old)> {
-        let grain = self.vol.grain;
-        let clip = |grains: Range<u64>| {
-            let span = grain.span(grains);
-            span.start..span.end.min(target.size())
-        };
-        let span = clip(run.clone());
-        let mut part = Part {
-            start: span.start,
-            new: vec![0; (span.end - span.start) as usize],
-            data: Vec::new(),
-            zero: Vec::new(),
-        };
-        target.read_at(span.start, &mut part.new)?;
-        let old = Old::read(&self.vol, run.clone(), std::slice::from_ref(run))?;
-        for at in run.clone() {
-            let bytes = clip(at..at + 1);
-            let from = (bytes.start - span.start) as usize;
-            let new = &part.new[from..from + (bytes.end - bytes.start) as usize];
-            if new == old.bytes(bytes.clone()) {
-                continue;
-            }
-            match is_zero(new) {
-                true => push(&mut part.zero, bytes),
-                false => push(&mut part.data, bytes),
-            }
-        }
-        Ok((part, old))
     }
 
     /// Whether the thin target has room for preserving all that may differ from the target.
