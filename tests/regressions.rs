@@ -371,3 +371,21 @@ fn a_rebuild_that_is_cut_off_does_not_forget_what_was_lost() {
     }
     assert_eq!(wrong, 0, "grains of another instant were returned as good");
 }
+
+/// A sync of the data alone does not make times durable; the catalogue compares them after a clean stop.
+#[test]
+fn a_power_cut_after_a_clean_stop_does_not_make_a_source_changed() {
+    let (w, i, e) = fresh(11);
+    let v = e.volume(&n("v")).unwrap();
+    e.take_snapshots(&[(n("v"), n("s"))]).unwrap();
+    v.write_at(0, &[b'B'; 4096], false).unwrap();
+    e.close().unwrap();
+    drop(v);
+    drop(e);
+    w.power_cut();
+    i.power_cut(1);
+    let e = reopen(&w, &i).unwrap();
+    let state = e.volume(&n("v")).unwrap().info().state;
+    assert_eq!(state, VolumeState::Active);
+    assert_eq!(read(&e, "s").unwrap(), 0);
+}

@@ -26,11 +26,20 @@ pub trait Disk: Send + Sync {
     /// The system's error; any prefix may have been written.
     fn write_all_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()>;
 
-    /// Makes content and size durable (`fdatasync`).
+    /// Makes content and size durable (`fdatasync`), but not times.
     ///
     /// # Errors
     /// The system's error: everything written since the last success counts as lost.
     fn sync_data(&self) -> io::Result<()>;
+
+    /// As [`Disk::sync_data`], and the times that [`Disk::identity`] tells, too (`fsync`): a power cut
+    /// after it does not set them back. A disk without times need not tell the two apart.
+    ///
+    /// # Errors
+    /// As [`Disk::sync_data`].
+    fn sync_all(&self) -> io::Result<()> {
+        self.sync_data()
+    }
 
     /// Has the system begin to write back what was written to a range, so that less is left for the
     /// next [`Disk::sync_data`]. A hint and nothing more: it proves nothing, reports no error and takes

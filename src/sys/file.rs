@@ -142,6 +142,10 @@ impl Disk for FileDisk {
         self.file.sync_data()
     }
 
+    fn sync_all(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
     fn start_writing(&self, offset: u64, len: u64) {
         let (Ok(offset), Ok(len)) = (file_offset(offset), file_offset(len)) else {
             return;

@@ -76,6 +76,7 @@ impl SimWorld {
             linked: true,
             open: 0,
             ctime_ns: EPOCH_NS,
+            durable_ctime_ns: EPOCH_NS,
             content,
         };
         SimWorld(Arc::new(Mutex::new(World {
@@ -182,6 +183,7 @@ impl SimWorld {
         let mut world = self.lock();
         let World { nodes, rng, .. } = &mut *world;
         for node in nodes.values_mut() {
+            node.ctime_ns = node.durable_ctime_ns;
             match &mut node.content {
                 Content::File(file) => file.cut(rng),
                 Content::Dir(names) => names.cut(rng),

@@ -743,6 +743,11 @@ pub fn close(shared: &Shared) -> Result<()> {
     };
     for vol in vols.iter().filter(|v| v.source.is_some()) {
         crate::volume::live::flush(vol)?;
+        // The catalogue is about to say when the source last changed. A flush does not keep that over
+        // a power cut, and a source with an older time would count as somebody else's.
+        vol.source()?
+            .sync_all()
+            .context(|| format!("cannot make {} durable", vol.source_path))?;
     }
     // Before the catalogue: whatever follows it makes the store unclean.
     shared.complete_epochs();

@@ -95,6 +95,14 @@ impl Disk for SimDisk {
         outcome
     }
 
+    fn sync_all(&self) -> io::Result<()> {
+        self.sync_data()?;
+        if let Some(node) = self.world.lock().nodes.get_mut(&self.id) {
+            node.durable_ctime_ns = node.ctime_ns;
+        }
+        Ok(())
+    }
+
     fn size(&self) -> io::Result<u64> {
         self.looking(|file| file.size())
     }

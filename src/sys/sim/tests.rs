@@ -485,3 +485,23 @@ fn time_and_change_times_go_forward() {
     assert_eq!((after.ino, after.size), (before.ino, 9));
     assert_ne!(after.ino, world.add_disk("b", 9).identity().unwrap().ino);
 }
+
+#[test]
+fn a_change_time_is_durable_only_after_a_sync_of_everything() {
+    let world = SimWorld::new(1);
+    let disk = world.add_disk("a", 9);
+    let ctime = |world: &SimWorld| {
+        let disk = world.disk("a").unwrap();
+        disk.identity().unwrap().ctime_ns
+    };
+    let before = ctime(&world);
+    disk.write_all_at(0, &[b"x"]).unwrap();
+    let after = ctime(&world);
+    disk.sync_data().unwrap();
+    let cut = world.fork(1);
+    cut.power_cut();
+    assert_eq!(ctime(&cut), before);
+    disk.sync_all().unwrap();
+    world.power_cut();
+    assert_eq!(ctime(&world), after);
+}

@@ -29,6 +29,8 @@ pub(super) struct Node {
     /// Handles of this life.
     pub(super) open: u64,
     pub(super) ctime_ns: i64,
+    /// What a power cut sets it back to: a sync of the data alone does not keep times.
+    pub(super) durable_ctime_ns: i64,
     pub(super) content: Content,
 }
 
@@ -122,6 +124,7 @@ impl World {
                 linked: true,
                 open: 0,
                 ctime_ns,
+                durable_ctime_ns: ctime_ns,
                 content,
             },
         );
