@@ -19,7 +19,7 @@ pub struct MemoryIndexHome {
     medium: Arc<Mutex<Medium>>,
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Medium {
     /// What a cut cannot take.
     durable: Pairs,
@@ -34,6 +34,10 @@ struct Medium {
     /// Calls until one fails.
     apply_fault: Option<u64>,
     checkpoint_fault: Option<u64>,
+    /// Calls of any kind until one fails, whether all do from then on, and with what.
+    any_fault: Option<(u64, bool, Kind)>,
+    /// How often that fault has struck.
+    struck: u64,
     random: u64,
 }
 
@@ -63,6 +67,21 @@ impl Medium {
                 put(&mut self.durable, batch);
             }
         }
+    }
+
+    /// Counts a call; the error it answers if it is to fail.
+    fn call(&mut self) -> Option<Error> {
+        let (left, lasting, kind) = self.any_fault.as_mut()?;
+        *left = left.saturating_sub(1);
+        if *left > 0 {
+            return None;
+        }
+        let (lasting, kind) = (*lasting, *kind);
+        if !lasting {
+            self.any_fault = None;
+        }
+        self.struck += 1;
+        Some(Error::new(kind, "injected fault of the index"))
     }
 
     fn fails(fault: &mut Option<u64>) -> bool {
@@ -118,6 +137,37 @@ impl MemoryIndexHome {
         medium.current = medium.durable.clone();
         medium.apply_fault = None;
         medium.checkpoint_fault = None;
+        medium.any_fault = None;
+    }
+
+    /// A copy of the index as it is; handles of `self` do not belong to it.
+    #[must_use]
+    pub fn fork(&self, seed: u64) -> MemoryIndexHome {
+        let mut medium = self.lock().clone();
+        medium.life += 1;
+        medium.random ^= seed;
+        MemoryIndexHome {
+            medium: Arc::new(Mutex::new(medium)),
+        }
+    }
+
+    /// The `n`th call of any kind from now (the next is 1), opening included, fails with an error of
+    /// this kind, once or (`lasting`) from then on. A batch may then be applied in part.
+    pub fn fail_call(&self, n: u64, lasting: bool, kind: Kind) {
+        self.lock().any_fault = Some((n.max(1), lasting, kind));
+    }
+
+    /// How often a fault of [`MemoryIndexHome::fail_call`] has struck.
+    pub fn struck(&self) -> u64 {
+        self.lock().struck
+    }
+
+    /// Takes back what was to fail and has not yet.
+    pub fn clear_faults(&self) {
+        let mut medium = self.lock();
+        medium.apply_fault = None;
+        medium.checkpoint_fault = None;
+        medium.any_fault = None;
     }
 
     /// Deletes the index.
@@ -126,6 +176,8 @@ impl MemoryIndexHome {
         *medium = Medium {
             life: medium.life + 1,
             random: medium.random,
+            any_fault: medium.any_fault,
+            struck: medium.struck,
             ..Medium::default()
         };
     }
@@ -157,6 +209,9 @@ impl MemoryIndexHome {
 impl IndexHome for MemoryIndexHome {
     fn open(&self) -> Result<Arc<dyn Index>> {
         let mut medium = self.lock();
+        if let Some(e) = medium.call() {
+            return Err(e);
+        }
         medium.life += 1;
         let life = medium.life;
         drop(medium);
@@ -187,14 +242,21 @@ impl MemoryIndex {
 
 impl Index for MemoryIndex {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        Ok(self.lock()?.current.get(key).cloned())
+        let mut medium = self.lock()?;
+        match medium.call() {
+            Some(e) => Err(e),
+            None => Ok(medium.current.get(key).cloned()),
+        }
     }
 
     fn scan(&self, from: &[u8], to: &[u8], limit: usize) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
         if from >= to {
             return Ok(Vec::new());
         }
-        let medium = self.lock()?;
+        let mut medium = self.lock()?;
+        if let Some(e) = medium.call() {
+            return Err(e);
+        }
         let range = medium.current.range(from.to_vec()..to.to_vec());
         Ok(range
             .take(limit)
@@ -205,7 +267,8 @@ impl Index for MemoryIndex {
     fn apply(&self, mut changes: Vec<Change>) -> Result<()> {
         assert_limits(&changes);
         let mut medium = self.lock()?;
-        let failed = Medium::fails(&mut medium.apply_fault);
+        let failure = medium.call();
+        let failed = Medium::fails(&mut medium.apply_fault) || failure.is_some();
         if failed {
             let some: Vec<bool> = changes.iter().map(|_| medium.pick(2) == 0).collect();
             let mut some = some.into_iter();
@@ -214,7 +277,8 @@ impl Index for MemoryIndex {
         put(&mut medium.current, changes.clone());
         medium.batches.push(changes);
         if failed {
-            Err(Error::new(Kind::Io, "injected fault of a batch"))
+            let fault = || Error::new(Kind::Io, "injected fault of a batch");
+            Err(failure.unwrap_or_else(fault))
         } else {
             Ok(())
         }
@@ -222,10 +286,12 @@ impl Index for MemoryIndex {
 
     fn checkpoint(&self) -> Result<()> {
         let mut medium = self.lock()?;
-        if Medium::fails(&mut medium.checkpoint_fault) {
+        let failure = medium.call();
+        if Medium::fails(&mut medium.checkpoint_fault) || failure.is_some() {
             let batches = std::mem::take(&mut medium.batches);
             medium.doubtful.extend(batches);
-            return Err(Error::new(Kind::Io, "injected fault of a checkpoint"));
+            let fault = || Error::new(Kind::Io, "injected fault of a checkpoint");
+            return Err(failure.unwrap_or_else(fault));
         }
         // What a failed sync covered may be lost although this one succeeds.
         let doubtful = medium.doubtful.len();

@@ -2,7 +2,7 @@
 //!
 //! The log, the superblock, overlays and sources do all their I/O through these traits. The real
 //! twin is `sys::file`; the test twin `sys::sim` decides at a simulated power cut, from a seed, for
-//! each sector not yet synced, whether it is old, new or torn.
+//! each sector not yet synced, what it becomes: old, new, torn, zero or garbage.
 //!
 //! Durability: nothing is durable before [`Disk::sync_data`] (content) or [`Dir::sync`] (names) has
 //! returned `Ok`. After an error of either, what it covered counts as lost: a later `Ok` proves

@@ -4,9 +4,11 @@
 //! seed and one order of calls are equal byte for byte. What it promises to be like a machine:
 //!
 //! - W1 What a sync of a file or directory covered with `Ok` survives every power cut.
-//! - W2 At [`SimWorld::power_cut`] each sector not synced is old, new or torn (the head of the new
-//!   with the tail of the old, or garbage); a size not synced is any the file had since; changes
-//!   of a directory not synced are kept up to some point, or each by chance.
+//! - W2 At [`SimWorld::power_cut`] each sector not synced is old, new, anything it was in between, torn
+//!   (the head of a newer image with the tail of an older one), zero or garbage; a size not synced is
+//!   any the file had since; changes of a directory not synced are kept up to some point, or each by
+//!   chance. By chance a whole device (the files below one topmost directory) has stopped at an
+//!   earlier moment instead, in order; devices do so independently.
 //! - W3 After [`SimWorld::kill`] or [`SimWorld::power_cut`] every handle opened before answers
 //!   EIO: a dead process cannot write into the next life.
 //! - W4 A failed sync leaves what it covered clean but not on the medium: a later good sync does
@@ -16,20 +18,28 @@
 //! It does not model reordering of reads, time spent, or links. One mutex guards the world; it is
 //! never held while another lock is taken.
 
+mod cut;
+mod faults;
+#[cfg(test)]
+mod faults_tests;
 mod handles;
 mod medium;
+mod names;
 #[cfg(test)]
 mod tests;
 mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::sys::clock::Clock;
+use crate::sys::sim::cut::Rng;
+pub use crate::sys::sim::faults::{Fault, What};
 pub use crate::sys::sim::handles::{SimDir, SimDisk};
-use crate::sys::sim::medium::{Medium, Names, Rng};
+use crate::sys::sim::medium::Medium;
+use crate::sys::sim::names::Names;
 use crate::sys::sim::world::{Content, EPOCH_NS, Node, ROOT, World};
 
 /// Operations that are counted and can be made to fail.
@@ -55,6 +65,8 @@ pub enum Op {
     Rename,
     /// [`Dir::sync`](crate::sys::disk::Dir::sync).
     DirSync,
+    /// Everything that asks and moves no content: sizes, holes, identities, space, listings.
+    Look,
 }
 
 /// A simulated machine. Clones are the same machine.
@@ -73,6 +85,7 @@ impl SimWorld {
         let content = Content::Dir(Names::default());
         let root = Node {
             fs: ROOT,
+            dir: ROOT,
             linked: true,
             open: 0,
             ctime_ns: EPOCH_NS,
@@ -87,6 +100,9 @@ impl SimWorld {
             life: 1,
             dies_in: None,
             faults: Vec::new(),
+            struck: 0,
+            gone: BTreeSet::new(),
+            stamp: 0,
             counts: BTreeMap::new(),
             limits: BTreeMap::new(),
         })))
@@ -130,7 +146,7 @@ impl SimWorld {
     pub fn disk(&self, path: &str) -> Option<Arc<SimDisk>> {
         let mut world = self.lock();
         let id = world.find(path)?;
-        world.file(id).ok()?;
+        world.look(id).ok()?;
         Some(self.handle(&mut world, id, true))
     }
 
@@ -142,7 +158,7 @@ impl SimWorld {
         let (dir, name) = path.rsplit_once('/').unwrap_or(("", path));
         let dir = self.dir(dir);
         let mut world = self.lock();
-        let id = world.make_durably(dir.id, name, Content::File(Medium::new()));
+        let id = world.make_durably(dir.id, name, Content::File(Arc::new(Medium::new())));
         let file = world.file(id).expect("the path does not name a directory");
         file.set_size(size);
         file.sync();
@@ -153,7 +169,7 @@ impl SimWorld {
     pub fn peek(&self, path: &str) -> Option<Vec<u8>> {
         let mut world = self.lock();
         let id = world.find(path)?;
-        let file = world.file(id).ok()?;
+        let file = world.look(id).ok()?;
         let mut bytes = vec![0; usize::try_from(file.size()).ok()?];
         file.read(0, &mut bytes);
         Some(bytes)
@@ -181,26 +197,37 @@ impl SimWorld {
     /// The power fails: W2. Handles are dead, faults are forgotten.
     pub fn power_cut(&self) {
         let mut world = self.lock();
-        let World { nodes, rng, .. } = &mut *world;
-        for node in nodes.values_mut() {
-            node.ctime_ns = node.durable_ctime_ns;
-            match &mut node.content {
-                Content::File(file) => file.cut(rng),
-                Content::Dir(names) => names.cut(rng),
-            }
-        }
+        world.cut(|_| true);
         world.forget_handles();
         world.sweep();
     }
 
     /// Lets the n-th operation of its kind from now (the next is 1) fail with `errno`, once.
     pub fn fail_nth(&self, op: Op, n: u64, errno: i32) {
-        self.lock().faults.push((op, n.max(1), errno));
+        let ops = match op {
+            Op::Read => &[Op::Read],
+            Op::Write => &[Op::Write],
+            Op::Sync => &[Op::Sync],
+            Op::SetSize => &[Op::SetSize],
+            Op::Punch => &[Op::Punch],
+            Op::Open => &[Op::Open],
+            Op::Remove => &[Op::Remove],
+            Op::Rename => &[Op::Rename],
+            Op::DirSync => &[Op::DirSync],
+            Op::Look => &[Op::Look],
+        };
+        self.inject(Fault {
+            what: What::Errno(errno),
+            ops,
+            under: "",
+            nth: n,
+            lasting: false,
+        });
     }
 
     /// Lets this life end at the n-th changing operation from now (the next is 1): that one (a
     /// write: some prefix of it) is not done, and it and all that follow answer EIO until
-    /// [`SimWorld::kill`] or [`SimWorld::power_cut`]. Changing is all but [`Op::Read`] and opening
+    /// [`SimWorld::kill`] or [`SimWorld::power_cut`]. Changing is all but [`Op::Read`], [`Op::Look`] and opening
     /// what exists.
     pub fn die_at(&self, n: u64) {
         self.lock().dies_in = Some(n.max(1));

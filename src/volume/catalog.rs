@@ -456,13 +456,18 @@ impl Catalog {
 
 impl VolumeEntry {
     /// Whether the volume's source may have so many bytes: a device any that suffice, a file those of
-    /// the volume or, while a resize or revert is unfinished, any from the old to the new size.
+    /// the volume or, while a resize or revert is unfinished, any from the old to the new size. A revert
+    /// that goes back may have been to any snapshot.
     pub fn allows(&self, found: &Identity) -> bool {
         let reverted = self.reverting.into_iter().flat_map(|r| {
-            let size = |epoch| self.snapshots.get(&epoch).map(|s: &SnapEntry| s.size);
-            [size(r.target), size(r.undo)]
+            let back = r.target == r.undo;
+            let concerns = move |epoch: &u64| back || *epoch == r.target || *epoch == r.undo;
+            let snapshots = self.snapshots.iter();
+            snapshots
+                .filter(move |(epoch, _)| concerns(epoch))
+                .map(|(_, snap)| snap.size)
         });
-        let sizes = || reverted.clone().flatten().chain(self.resizing);
+        let sizes = || reverted.clone().chain(self.resizing);
         let least = sizes().fold(self.size, u64::min);
         let most = sizes().fold(self.size, u64::max);
         found.size >= least && (found.size <= most || is_device(found))

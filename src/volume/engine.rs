@@ -278,7 +278,7 @@ impl Engine {
         vol: &Vol,
         change: impl FnOnce(&mut VolumeEntry, &mut crate::volume::shared::VolState),
     ) -> Result<()> {
-        let catalog = self.shared.current_catalog(false);
+        let catalog = self.shared.current_catalog();
         let Some(mut entry) = catalog.volumes.get(&vol.id).cloned() else {
             return Err(Error::new(Kind::NotFound, "the volume was removed"));
         };

@@ -241,7 +241,9 @@ pub fn insert_volume(shared: &Shared, vol: Arc<Vol>) {
 }
 
 /// A killed predecessor's bytes may only be in the page cache: what is read below must not vanish
-/// with a power cut after it was acted upon.
+/// with a power cut after it was acted upon. What a sync of the predecessor's failed on is clean in the
+/// cache, so that a sync now says nothing about it: it is forgotten, and what is read is what the
+/// medium has.
 fn sync_log(dir: &dyn Dir) -> Result<()> {
     let context = || "cannot make the log durable";
     let names = dir.list().context(context)?;
@@ -254,6 +256,7 @@ fn sync_log(dir: &dyn Dir) -> Result<()> {
             .open(&segment::file_name(number), Open::Write)
             .context(context)?;
         disk.sync_data().context(context)?;
+        disk.drop_cache().context(context)?;
     }
     dir.sync().context(context)
 }
@@ -755,7 +758,7 @@ pub fn close(shared: &Shared) -> Result<()> {
     let (settled, flushed) = shared.flush_clones();
     let catalog = Catalog {
         unsettled: !settled,
-        ..shared.current_catalog(true)
+        ..shared.clean_catalog()?
     };
     let catalog = catalog.encode();
     let entry = || {

@@ -338,7 +338,7 @@ impl Volume {
         let bytes = grains.saturating_mul(grain + GRAIN_OVERHEAD);
         let batches = bytes / GROUP_BYTES * 2 + runs / RUNS_MAX as u64 + 2;
         let segments = bytes / (shared.settings.segment_bytes / 2) + 1;
-        let catalog = shared.current_catalog(false).encode().len() as u64;
+        let catalog = shared.current_catalog().encode().len() as u64;
         let needed = bytes
             .saturating_add(batches.saturating_mul(BATCH_OVERHEAD))
             .saturating_add(segments.saturating_mul(catalog + BATCH_OVERHEAD))

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::commit::{Durable, Entry, Log, Sink};
 use crate::log::record::{Record, RecordType};
 use crate::log::superblock::SuperblockFile;
@@ -364,9 +364,10 @@ impl Shared {
     }
 
     /// The catalogue with the run-time state of every volume folded in.
-    pub fn current_catalog(&self, clean: bool) -> Catalog {
+    pub fn current_catalog(&self) -> Catalog {
         let mut catalog = lock(&self.catalog).clone();
-        (catalog.clean, catalog.unsettled) = (clean, false);
+        // Of a store that is open.
+        (catalog.clean, catalog.unsettled) = (false, false);
         let volumes = self.volumes.read().unwrap_or_else(PoisonError::into_inner);
         for (id, entry) in &mut catalog.volumes {
             let Some(vol) = volumes.get(id) else { continue };
@@ -376,12 +377,29 @@ impl Shared {
             entry.snap_mtime_ns = state.snap_mtime_ns;
             entry.changed = state.changed;
             entry.trust = state.trust;
-            if clean && state.trust != Trust::Changed {
-                let identity = vol.source.as_ref().and_then(|s| s.identity().ok());
-                entry.identity = identity.unwrap_or(entry.identity);
-            }
         }
         catalog
+    }
+
+    /// The catalogue of a clean stop: what the sources are now is what the next opening must find.
+    ///
+    /// # Errors
+    /// A source that cannot be asked: what it was before would not be found again.
+    pub fn clean_catalog(&self) -> Result<Catalog> {
+        let mut catalog = self.current_catalog();
+        catalog.clean = true;
+        let volumes = self.volumes.read().unwrap_or_else(PoisonError::into_inner);
+        for (id, entry) in &mut catalog.volumes {
+            let Some(vol) = volumes.get(id) else { continue };
+            if entry.trust == Trust::Changed {
+                continue;
+            }
+            if let Some(source) = &vol.source {
+                let identity = source.identity();
+                entry.identity = identity.context(|| format!("cannot stat {}", vol.source_path))?;
+            }
+        }
+        Ok(catalog)
     }
 }
 
@@ -501,7 +519,7 @@ impl Sink for Shared {
     }
 
     fn catalog(&self) -> Vec<u8> {
-        self.current_catalog(false).encode()
+        self.current_catalog().encode()
     }
 
     fn may_grow(&self, bytes: u64) -> Result<bool> {

@@ -7,12 +7,9 @@ use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
 use stillframe::volume::{OpenClone, SnapshotState, Zeroing};
 
-use crate::sim::{PAGE, sectors};
+use crate::sim::{PAGE, pages, sectors};
 use crate::state::{ModelClone, Writable};
 use crate::{Run, UnderWay, trace};
-
-/// Clones of a volume, few enough that comparing them all stays affordable.
-const CLONES: usize = 4;
 
 impl Run {
     pub fn open_clone(&self, v: usize, name: &str) -> Arc<OpenClone> {
@@ -22,11 +19,23 @@ impl Run {
             .unwrap_or_else(|e| panic!("seed {}: clone {name}: {e:?}", self.seed))
     }
 
+    /// As [`Run::open_clone`], where its medium may have errors.
+    fn try_open_clone(&self, v: usize, name: &str) -> Result<Arc<OpenClone>> {
+        self.engine
+            .open_clone(&self.name(v), &Name::new(name).unwrap())
+    }
+
     pub fn make_clone(&mut self, v: usize) -> Result<()> {
-        if self.volumes[v].clones.len() >= CLONES {
+        if self.volumes[v].clones.len() >= self.shape.clones {
             return self.delete_clone(v);
         }
-        let of_clone = self.chance.below(2) == 0 && !self.volumes[v].clones.is_empty();
+        let of_clone = self.chance.below(2) == 0;
+        self.make_clone_of(v, of_clone)
+    }
+
+    /// A clone of any clone or of any snapshot.
+    pub fn make_clone_of(&mut self, v: usize, clone: bool) -> Result<()> {
+        let of_clone = clone && !self.volumes[v].clones.is_empty();
         let (volume, (name, _)) = (self.name(v), self.fresh('c'));
         let new = Name::new(&name).unwrap();
         if of_clone {
@@ -89,7 +98,7 @@ impl Run {
         let Some(name) = self.pick(|run| &run.volumes[v].clones) else {
             return Ok(());
         };
-        let held = (self.chance.below(4) == 0).then(|| self.open_clone(v, &name));
+        let held = (!self.faulty && self.chance.below(4) == 0).then(|| self.open_clone(v, &name));
         // It may have failed with its snapshot since the last comparison.
         let held = held.filter(|held| held.info().state == SnapshotState::Active);
         self.under_way = Some(UnderWay::DeleteClone(v, name.clone()));
@@ -123,16 +132,36 @@ impl Run {
             _ => self.fill(len),
         };
         let compare = self.chance.below(6) == 0;
+        self.clone_write_these(v, &name, offset, &data, compare)
+    }
+
+    pub fn clone_write_these(
+        &mut self,
+        v: usize,
+        name: &str,
+        offset: u64,
+        data: &[u8],
+        compare: bool,
+    ) -> Result<()> {
+        let len = data.len() as u64;
+        let clone = self.try_open_clone(v, name)?;
         let touched = sectors(offset, len).collect();
-        self.under_way = Some(UnderWay::CloneWrite(v, name.clone(), touched));
+        self.under_way = Some(UnderWay::CloneWrite(v, name.to_owned(), touched));
         trace(|| format!("write v{v}/{name} {offset}+{len} compare {compare}"));
-        let done = self.open_clone(v, &name).write_at(offset, &data, compare);
-        let image = &mut self.clone_mut(v, &name).image;
+        let done = clone.write_at(offset, data, compare);
+        let grain = self.shape.volumes[v].1;
+        let image = &mut self.clone_mut(v, name).image;
         image.touch(offset, len);
-        if !self.clone_refused(v, &name, &done) {
+        // Whole grains come into the clone's own layer, so a discard finds something there.
+        let (first, end) = (
+            offset / grain * grain,
+            (offset + len).next_multiple_of(grain),
+        );
+        image.ever.extend(pages(first, end.min(image.size) - first));
+        if !self.clone_refused(v, name, &done) {
             done?;
-            let image = &mut self.clone_mut(v, &name).image;
-            image.content.write(offset, &data);
+            let image = &mut self.clone_mut(v, name).image;
+            image.content.write(offset, data);
             self.count("clone write");
         }
         self.under_way = None;
@@ -160,11 +189,10 @@ impl Run {
             .chain(&edges)
             .flat_map(|&(start, end)| sectors(start, end - start))
             .collect();
+        let clone = self.try_open_clone(v, &name)?;
         self.under_way = Some(UnderWay::CloneWrite(v, name.clone(), touched));
         trace(|| format!("zero v{v}/{name} {offset}+{len}"));
-        let done = self
-            .open_clone(v, &name)
-            .zero(offset, len, Zeroing::Discard);
+        let done = clone.zero(offset, len, Zeroing::Discard);
         let image = &mut self.clone_mut(v, &name).image;
         for &(start, end) in parts.iter().chain(&edges) {
             image.touch(start, end - start);
@@ -186,7 +214,7 @@ impl Run {
             return Ok(());
         };
         trace(|| format!("flush v{v}/{name}"));
-        let done = self.open_clone(v, &name).flush();
+        let done = self.try_open_clone(v, &name)?.flush();
         if !self.clone_refused(v, &name, &done) {
             done?;
             self.clone_mut(v, &name).image.unflushed.clear();
@@ -203,6 +231,7 @@ impl Run {
     fn clone_refused(&mut self, v: usize, name: &str, done: &Result<()>) -> bool {
         let refused = matches!(done, Err(e) if e.kind() == Kind::Failed)
             && self.may_fail(v)
+            && !self.faulty
             && !self.world.is_dead();
         if refused {
             let info = self.open_clone(v, name).info();

@@ -10,13 +10,18 @@ use stillframe::volume::{Engine, VolumeState, Zeroing};
 use crate::check::view_is;
 use crate::sim::environment;
 use crate::state::{ModelClone, Writable};
-use crate::{Run, UnderWay, settings, trace};
+use crate::{Run, UnderWay, trace};
 
 impl Run {
-    /// Opens what the last life left.
-    fn reopen(&mut self) {
+    pub fn try_reopen(&mut self) -> Result<()> {
         let env = environment(&self.world, &self.index);
-        self.engine = Engine::open(env, settings())
+        self.engine = Engine::open(env, self.shape.settings.clone())?;
+        Ok(())
+    }
+
+    /// Opens what the last life left.
+    pub fn reopen(&mut self) {
+        self.try_reopen()
             .unwrap_or_else(|e| panic!("seed {}: the store does not open: {e:?}", self.seed));
         for v in 0..self.volumes.len() {
             let state = self.volume(v).info().state;
@@ -83,7 +88,7 @@ impl Run {
     }
 
     fn step_dying(&mut self) -> Result<()> {
-        let v = self.chance.below(3) as usize;
+        let v = self.any_volume();
         match self.chance.below(20) {
             0..=6 => self.write(v),
             7 => self.zero(v, Zeroing::Discard),
@@ -103,7 +108,7 @@ impl Run {
         }
     }
 
-    fn settle(&mut self, under_way: Option<UnderWay>, power: bool) {
+    pub fn settle(&mut self, under_way: Option<UnderWay>, power: bool) {
         for model in &mut self.volumes {
             model.crashed();
         }
@@ -122,6 +127,14 @@ impl Run {
         for v in 0..self.volumes.len() {
             let listed = self.engine.snapshots(&self.name(v)).expect("it is there");
             let names: BTreeSet<String> = listed.iter().map(|s| s.name.to_string()).collect();
+            if let Some(UnderWay::Rename(of, from, to)) = under_way
+                && *of == v
+                && names.contains(to)
+            {
+                let model = &mut self.volumes[v].snapshots;
+                let renamed = model.remove(from).expect("it was renamed");
+                model.insert(to.clone(), renamed);
+            }
             let known: BTreeSet<String> = self.volumes[v].snapshots.keys().cloned().collect();
             for extra in names.difference(&known) {
                 match under_way {

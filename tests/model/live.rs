@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use stillframe::error::Result;
 use stillframe::volume::Zeroing;
 
-use crate::sim::{PAGE, sectors};
-use crate::{MIB, Run, UnderWay, trace};
+use crate::sim::{PAGE, pages, sectors};
+use crate::{Run, UnderWay, trace};
 
 impl Run {
     /// A range in one of a few hot places, so that grains are overwritten again and again; now and
@@ -15,7 +15,7 @@ impl Run {
         let base = match self.chance.below(20) {
             0 => self.chance.below(size),
             1 => size.saturating_sub(self.chance.below(20_000)),
-            n => (n % 4) * 13 * MIB + self.chance.below(96 << 10),
+            n => (n % 4) * self.shape.apart + self.chance.below(self.shape.spot),
         };
         let offset = match self.chance.below(3) {
             0 => base,
@@ -24,7 +24,7 @@ impl Run {
         };
         let len = match self.chance.below(8) {
             0 => 1 + self.chance.below(600),
-            1 => 1 + self.chance.below(64 << 10),
+            1 => 1 + self.chance.below(self.shape.long),
             _ => PAGE * (1 + self.chance.below(4)),
         };
         (offset.min(size - 1), len.min(size - offset.min(size - 1)))
@@ -46,16 +46,21 @@ impl Run {
             false => self.fill(len),
         };
         let compare = self.chance.below(6) == 0;
+        self.write_these(v, offset, &data, compare)
+    }
+
+    pub fn write_these(&mut self, v: usize, offset: u64, data: &[u8], compare: bool) -> Result<()> {
+        let len = data.len() as u64;
         self.under_way = Some(UnderWay::Write(v, sectors(offset, len).collect()));
-        trace(|| format!("write v{v} {offset}+{len} compare {compare} same {same}"));
-        let done = self.volume(v).write_at(offset, &data, compare);
+        trace(|| format!("write v{v} {offset}+{len} compare {compare}"));
+        let done = self.volume(v).write_at(offset, data, compare);
         let model = &mut self.volumes[v];
         model.touch(offset, len);
-        let differs = model.live.content.read(offset, len as usize) != data;
+        let differs = model.live.content.read(offset, len as usize) != *data;
         done?;
         // Not before: a refused write has changed nothing, or some prefix.
         model.changed |= differs;
-        model.live.content.write(offset, &data);
+        model.live.content.write(offset, data);
         self.under_way = None;
         self.count("write");
         Ok(())
@@ -66,6 +71,10 @@ impl Run {
             0 => (0, self.volumes[v].live.size),
             _ => self.range(self.volumes[v].live.size),
         };
+        self.zero_range(v, offset, len, how)
+    }
+
+    pub fn zero_range(&mut self, v: usize, offset: u64, len: u64, how: Zeroing) -> Result<()> {
         let model = &self.volumes[v];
         let parts = model.live.parts(offset, len);
         let had_data = !model.live.content.zero_in(offset..offset + len);
@@ -77,6 +86,12 @@ impl Run {
         trace(|| format!("zero v{v} {offset}+{len}"));
         let done = self.volume(v).zero(offset, len, how);
         let model = &mut self.volumes[v];
+        // Where nothing was ever written there may be an intent all the same, and a page that is zeroed
+        // may count as changed though it was a hole; but not all holes of a large image.
+        match len > crate::MIB {
+            true => model.note_pages([]),
+            false => model.note_pages(pages(offset, len)),
+        }
         for &(start, end) in &parts {
             model.touch(start, end - start);
         }

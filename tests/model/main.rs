@@ -11,22 +11,30 @@
 //! whole, through the same calls a reader uses (data, holes, reads). `STILLFRAME_MODEL_OPS` and
 //! `STILLFRAME_MODEL_SEED` choose a longer run or repeat one.
 //!
-//! Files: [`state`] what the model knows; [`live`], [`points`], [`clones`], [`reshape`] the operations;
-//! [`crash`] kills, power cuts and what they may leave; [`check`] the comparison.
+//! Files: [`state`] what the model knows; [`shape`] how large it is; [`live`], [`points`], [`clones`],
+//! [`reshape`] the operations; [`crash`] kills, power cuts and what they may leave; [`check`] the
+//! comparison. [`army`] takes many crash states out of each moment, [`sequences`] does so for all short
+//! sequences, [`faults`] lets the n-th I/O fail, [`broken`] has disks lie; [`campaign`] runs many seeds.
 
 #![allow(
     clippy::unwrap_used,
     reason = "a test that cannot set its stage has failed"
 )]
 
+mod army;
+mod broken;
+mod campaign;
 mod check;
 mod clones;
 mod crash;
+mod faults;
 mod live;
 mod points;
 mod reshape;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod sequences;
+mod shape;
 #[path = "../rig/sim.rs"]
 mod sim;
 mod state;
@@ -38,9 +46,10 @@ use stillframe::error::{Kind, Result};
 use stillframe::map::memory::MemoryIndexHome;
 use stillframe::sys::sim::SimWorld;
 use stillframe::units::{Grain, Name};
-use stillframe::volume::{Engine, OnFull, Settings, VolumeOptions, Zeroing};
+use stillframe::volume::{Engine, OnFull, VolumeOptions, Zeroing};
 
 use crate::rig::Chance;
+use crate::shape::Shape;
 use crate::sim::environment;
 use crate::state::{Volume, Writable};
 
@@ -48,6 +57,7 @@ const MIB: u64 = 1 << 20;
 const COMPARE_EVERY: u64 = 50;
 
 /// An operation whose answer has not been given yet.
+#[derive(Clone)]
 enum UnderWay {
     /// Sectors of the live volume are being written.
     Write(usize, BTreeSet<u64>),
@@ -57,6 +67,8 @@ enum UnderWay {
     Take(String, usize),
     /// A snapshot is being deleted, perhaps for a bookmark.
     Delete(usize, String),
+    /// A snapshot is getting another name.
+    Rename(usize, String, String),
     DeleteBookmark(usize, String),
     /// A clone is being made, with this content.
     Make(usize, String, Writable),
@@ -81,18 +93,10 @@ struct Run {
     ever_full: bool,
     /// The process dies at one of the next operations.
     dying: bool,
+    /// Its disks have errors: what could only be answered without them is not asked.
+    faulty: bool,
     seed: u64,
-}
-
-fn settings() -> Settings {
-    // Small enough that segments, checkpoints and the page cache turn over all the time.
-    Settings {
-        ballast_bytes: 512 << 10,
-        map_cache_bytes: 256 << 10,
-        segment_bytes: 2 * MIB,
-        checkpoint_bytes: MIB,
-        ..Settings::default()
-    }
+    shape: Shape,
 }
 
 fn trace(text: impl FnOnce() -> String) {
@@ -102,22 +106,18 @@ fn trace(text: impl FnOnce() -> String) {
 }
 
 impl Run {
-    fn new(seed: u64) -> Run {
+    fn new(seed: u64, shape: Shape) -> Run {
+        let settings = shape.settings.clone();
         let world = SimWorld::new(seed);
         let index = MemoryIndexHome::new();
         let env = environment(&world, &index);
-        Engine::create(&env, &settings()).expect("a store is made");
-        let engine = Engine::open(env, settings()).expect("a new store opens");
-        let sizes = [
-            (64 * MIB, 4096),
-            (64 * MIB + 777, 4096),
-            (64 * MIB - 1536, 16384),
-        ];
+        Engine::create(&env, &settings).expect("a store is made");
+        let engine = Engine::open(env, settings).expect("a new store opens");
         let mut volumes = Vec::new();
-        for (i, (size, grain)) in sizes.into_iter().enumerate() {
+        for (i, (size, grain)) in shape.volumes.iter().copied().enumerate() {
             let path = format!("sources/v{i}");
             world.add_disk(&path, size);
-            let volume = Volume::new(&format!("v{i}"), size);
+            let volume = Volume::new(&format!("v{i}"), size, shape.sizes.clone());
             let on_full = match i {
                 1 => OnFull::FailSnapshot,
                 _ => OnFull::FailWrite,
@@ -144,7 +144,9 @@ impl Run {
             full: 0,
             ever_full: false,
             dying: false,
+            faulty: false,
             seed,
+            shape,
         }
     }
 
@@ -160,6 +162,10 @@ impl Run {
 
     fn name(&self, v: usize) -> Name {
         self.volumes[v].name.clone()
+    }
+
+    fn any_volume(&mut self) -> usize {
+        self.chance.below(self.volumes.len() as u64) as usize
     }
 
     /// A name that was never used, and its number, by which instants are ordered.
@@ -179,7 +185,7 @@ impl Run {
 
     fn step(&mut self) {
         trace(|| format!("{} next {}: {:?}", self.seed, self.next_name, self.counts));
-        let v = self.chance.below(3) as usize;
+        let v = self.any_volume();
         let choice = self.chance.below(1000);
         let done = match choice {
             0..=459 => self.write(v),
@@ -285,7 +291,7 @@ fn env_u64(name: &str) -> Option<u64> {
 }
 
 fn run(seed: u64, operations: u64) -> BTreeMap<&'static str, u64> {
-    let mut run = Run::new(seed);
+    let mut run = Run::new(seed, Shape::large());
     for n in 0..operations {
         run.step();
         if n % COMPARE_EVERY == 0 {

@@ -7,8 +7,6 @@ use crate::sim::compare_snapshot;
 use crate::state::Volume;
 use crate::{Run, UnderWay, trace};
 
-/// Snapshots of a volume, few enough that comparing them all stays affordable.
-pub const SNAPSHOTS: usize = 5;
 const BOOKMARKS: usize = 3;
 
 impl Run {
@@ -16,13 +14,18 @@ impl Run {
         let mut chosen: Vec<usize> = (0..self.volumes.len()).collect();
         match self.chance.below(3) {
             0 => chosen.reverse(),
-            _ => chosen = vec![self.chance.below(3) as usize],
+            _ => chosen = vec![self.any_volume()],
         }
         for &v in &chosen {
-            if self.volumes[v].snapshots.len() >= SNAPSHOTS {
+            if self.volumes[v].snapshots.len() >= self.shape.snapshots {
                 return self.delete(v);
             }
         }
+        self.snapshot_of(&chosen)
+    }
+
+    /// One snapshot of several volumes at one instant.
+    pub fn snapshot_of(&mut self, chosen: &[usize]) -> Result<()> {
         let (name, instant) = self.fresh('s');
         let targets: Vec<(Name, Name)> = chosen
             .iter()
@@ -32,7 +35,7 @@ impl Run {
         trace(|| format!("take {targets:?}"));
         let infos = self.engine.take_snapshots(&targets)?;
         self.under_way = None;
-        for v in chosen {
+        for &v in chosen {
             let model = &mut self.volumes[v];
             let info = infos
                 .iter()
@@ -62,16 +65,23 @@ impl Run {
             // Its release was refused on a full disk.
             self.engine.hold_snapshot(&volume, &snapshot, false)?;
         }
+        let open = !self.faulty && self.chance.below(4) == 0;
+        let keep = self.chance.below(3) == 0
+            && self.volumes[v].bookmarks.len() < BOOKMARKS
+            && self.state_of(v, &name).is_ok();
+        self.delete_this(v, &name, keep, open)
+    }
+
+    /// Deletes a snapshot, perhaps for a bookmark, perhaps while somebody has it open.
+    pub fn delete_this(&mut self, v: usize, name: &str, keep: bool, open: bool) -> Result<()> {
+        let (volume, snapshot) = (self.name(v), Name::new(name).unwrap());
         let uuid = self.engine.snapshot(&volume, &snapshot)?.uuid;
-        let held = (self.chance.below(4) == 0).then(|| {
+        let held = open.then(|| {
             self.engine
                 .open_snapshot(&volume, &snapshot)
                 .expect("it is there")
         });
-        let keep = self.chance.below(3) == 0
-            && self.volumes[v].bookmarks.len() < BOOKMARKS
-            && self.state_of(v, &name).is_ok();
-        self.under_way = Some(UnderWay::Delete(v, name.clone()));
+        self.under_way = Some(UnderWay::Delete(v, name.to_owned()));
         trace(|| format!("delete v{v}@{name}, bookmark {keep}"));
         match keep {
             true => self
@@ -80,11 +90,11 @@ impl Run {
             false => self.engine.delete_snapshot(&volume, &snapshot)?,
         }
         self.under_way = None;
-        let deleted = self.volumes[v].snapshots.remove(&name).expect("known");
+        let deleted = self.volumes[v].snapshots.remove(name).expect("known");
         if keep {
             self.volumes[v]
                 .bookmarks
-                .insert(name.clone(), deleted.clone());
+                .insert(name.to_owned(), deleted.clone());
             self.count("bookmark");
         }
         self.count("delete");
@@ -136,7 +146,9 @@ impl Run {
         };
         let (new, _) = self.fresh('s');
         let (from, to) = (Name::new(&name).unwrap(), Name::new(&new).unwrap());
+        self.under_way = Some(UnderWay::Rename(v, name.clone(), new.clone()));
         self.engine.rename_snapshot(&self.name(v), &from, &to)?;
+        self.under_way = None;
         let snapshot = self.volumes[v].snapshots.remove(&name).expect("known");
         self.volumes[v].snapshots.insert(new, snapshot);
         self.count("rename");
@@ -165,8 +177,13 @@ pub fn check_mtime(model: &mut Volume, mtime_ns: i64) {
         match (model.changed, model.touched) {
             (true, _) => assert!(
                 mtime_ns.div_euclid(1_000_000_000) > last.div_euclid(1_000_000_000),
-                "{} changed, and its time went from {last} to {mtime_ns}",
-                model.name
+                "{} changed, and its time went from {last} to {mtime_ns}; snapshots {:?}",
+                model.name,
+                model
+                    .snapshots
+                    .iter()
+                    .map(|(name, p)| (name, p.mtime_ns))
+                    .collect::<Vec<_>>()
             ),
             (false, false) => assert_eq!(mtime_ns, last, "{} did not change", model.name),
             (false, true) => assert!(mtime_ns >= last),

@@ -4,7 +4,7 @@ use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
 use stillframe::volume::SnapshotState;
 
-use crate::points::{SNAPSHOTS, check_mtime};
+use crate::points::check_mtime;
 use crate::sim::pages;
 use crate::state::Point;
 use crate::{Run, UnderWay, trace};
@@ -20,7 +20,7 @@ impl Run {
     }
 
     pub fn revert(&mut self, v: usize) -> Result<()> {
-        if self.volumes[v].snapshots.len() >= SNAPSHOTS {
+        if self.volumes[v].snapshots.len() >= self.shape.snapshots {
             return self.delete(v);
         }
         let Some(name) = self.pick(|run| &run.volumes[v].snapshots) else {
@@ -29,17 +29,21 @@ impl Run {
         if self.state_of(v, &name).is_err() {
             return Ok(());
         }
-        self.note_revert(v, &name);
-        self.under_way = Some(UnderWay::Revert(v, name.clone()));
+        self.revert_to(v, &name)
+    }
+
+    pub fn revert_to(&mut self, v: usize, name: &str) -> Result<()> {
+        self.note_revert(v, name);
+        self.under_way = Some(UnderWay::Revert(v, name.to_owned()));
         trace(|| format!("revert v{v} to {name}"));
-        let to = Name::new(&name).unwrap();
+        let to = Name::new(name).unwrap();
         let done = self
             .engine
             .revert_volume(&self.name(v), &to, &mut |_, _| ());
         let undo = done?.undo.name.to_string();
         self.under_way = None;
         self.undo_is_there(v, &undo, true);
-        self.becomes(v, &name);
+        self.becomes(v, name);
         self.count("revert");
         Ok(())
     }
@@ -111,7 +115,7 @@ impl Run {
     pub fn resize(&mut self, v: usize) -> Result<()> {
         let sizes = self.volumes[v].sizes.clone();
         let now = self.volumes[v].live.size;
-        let step = 1 + self.chance.below(300 << 10);
+        let step = 1 + self.chance.below(self.shape.step);
         let step = if self.chance.below(2) == 0 {
             step.next_multiple_of(4096)
         } else {
@@ -119,18 +123,28 @@ impl Run {
         };
         let to = match self.chance.below(2) {
             0 => now + step,
-            _ => now - step,
+            _ => now.saturating_sub(step),
         };
-        let to = to.clamp(sizes.start, sizes.end);
+        self.resize_to(v, to.clamp(sizes.start, sizes.end))
+    }
+
+    pub fn resize_to(&mut self, v: usize, to: u64) -> Result<()> {
+        let now = self.volumes[v].live.size;
         let (a, b) = (to.min(now), to.max(now));
         let model = &mut self.volumes[v];
         model.note_pages(pages(a, b - a));
         model.touched = true;
+        let cuts = to < now && !to.is_multiple_of(512);
+        let in_doubt = cuts && model.live.unflushed.insert(to / 512);
         self.under_way = Some(UnderWay::Resize(v, to));
         trace(|| format!("resize v{v} {now} -> {to}"));
         let info = self.engine.resize_volume(&self.name(v), to)?;
         assert_eq!(info.size, to);
         self.under_way = None;
+        if in_doubt {
+            // The sector of the new end was written, and is durable like the rest of it.
+            self.volumes[v].live.unflushed.remove(&(to / 512));
+        }
         self.resized(v, to);
         self.count("resize");
         Ok(())
@@ -211,7 +225,11 @@ impl Run {
                 let cause = written.range(of_grain.clone()).next().is_some()
                     || of_grain.start < ends.end && ends.start < of_grain.end
                     || a.size != size && of_grain.contains(&((size.max(1) - 1) / page));
-                assert!(cause, "{what}: nobody wrote the grain at {start}");
+                assert!(
+                    cause,
+                    "{what}: nobody wrote the grain at {start}; changed {:?}, written {written:?}",
+                    diff.changed
+                );
             }
         }
         self.count("diff");

@@ -69,6 +69,7 @@ pub struct Interval {
     pub coarse: bool,
 }
 
+#[derive(Clone)]
 pub struct Volume {
     pub name: Name,
     /// Sizes it may have.
@@ -84,18 +85,19 @@ pub struct Volume {
     /// Something was written since, perhaps the same content.
     pub touched: bool,
     pub last_mtime: Option<i64>,
+    /// A clean stop was asked for: it may have been one, and then nothing counts as changed.
+    pub stopping: bool,
 }
 
 impl Volume {
-    pub fn new(name: &str, size: u64) -> Volume {
-        const MIB: u64 = 1 << 20;
+    pub fn new(name: &str, size: u64, sizes: std::ops::Range<u64>) -> Volume {
         let live = Writable {
             size,
             ..Writable::default()
         };
         Volume {
             name: Name::new(name).expect("a name"),
-            sizes: 60 * MIB..68 * MIB,
+            sizes,
             live,
             snapshots: BTreeMap::new(),
             bookmarks: BTreeMap::new(),
@@ -104,6 +106,7 @@ impl Volume {
             changed: true,
             touched: true,
             last_mtime: None,
+            stopping: false,
         }
     }
 
@@ -152,7 +155,7 @@ impl Volume {
         for interval in self.intervals.values_mut() {
             interval.coarse |= interval.by_region;
         }
-        self.changed = true;
+        self.changed |= !std::mem::take(&mut self.stopping);
         self.touched = true;
     }
 

@@ -1,11 +1,13 @@
 //! Files and directories of a [`SimWorld`] as the layers above see them.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::sync::{Arc, MutexGuard};
 
 use crate::sys::disk::{Dir, Disk, Identity, Open, Space};
 use crate::sys::file::check_name;
-use crate::sys::sim::medium::{Change, Medium, Names};
+use crate::sys::sim::faults::{What, cut_short};
+use crate::sys::sim::medium::Medium;
+use crate::sys::sim::names::{Change, Names};
 use crate::sys::sim::world::{Content, UNLIMITED, World, os};
 use crate::sys::sim::{Op, SimWorld};
 
@@ -22,7 +24,7 @@ impl SimDisk {
     /// The world, if this handle still lives in it and may write.
     fn writing(&self) -> io::Result<MutexGuard<'_, World>> {
         let world = self.world.lock();
-        world.check_life(self.life)?;
+        world.check(self.life, self.id)?;
         if self.writable {
             Ok(world)
         } else {
@@ -30,24 +32,36 @@ impl SimDisk {
         }
     }
 
-    fn looking<T>(&self, look: impl FnOnce(&mut Medium) -> T) -> io::Result<T> {
+    fn looking<T>(&self, look: impl FnOnce(&Medium) -> T) -> io::Result<T> {
         let mut world = self.world.lock();
-        world.check_life(self.life)?;
-        world.file(self.id).map(look)
+        world.begin(self.life, self.id, Op::Look, false)?;
+        world.look(self.id).map(look)
     }
 }
 
 impl Disk for SimDisk {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let mut world = self.world.lock();
-        world.begin(self.life, Op::Read, false)?;
-        let file = world.file(self.id)?;
+        let struck = world.strike(self.life, self.id, Op::Read, false)?;
+        if let Some(What::Errno(errno)) = struck {
+            return Err(os(errno));
+        }
+        let part = world.rng_below_if(matches!(struck, Some(What::Short(_))), buf.len());
+        let file = world.look(self.id)?;
         let end = offset.saturating_add(buf.len() as u64);
         if !buf.is_empty() && end > file.size() {
-            return Err(ErrorKind::UnexpectedEof.into());
+            return Err(cut_short());
         }
-        file.read(offset, buf);
-        Ok(())
+        match part {
+            Some(part) => {
+                file.read(offset, &mut buf[..part]);
+                Err(cut_short())
+            }
+            None => {
+                file.read(offset, buf);
+                Ok(())
+            }
+        }
     }
 
     fn write_all_at(&self, offset: u64, parts: &[&[u8]]) -> io::Result<()> {
@@ -59,11 +73,20 @@ impl Disk for SimDisk {
         {
             return Err(os(libc::EFBIG));
         }
-        let mut outcome = world.begin(self.life, Op::Write, true);
-        let mut left = match outcome {
-            Ok(()) => total,
-            Err(_) => world.rng.below(total as u64 + 1) as usize,
-        };
+        let (mut outcome, mut left, mut broken) = (Ok(()), total, None);
+        match world.strike(self.life, self.id, Op::Write, true) {
+            Ok(None) => {}
+            Ok(Some(What::Short(errno))) => {
+                left = world.rng.below(total.max(1) as u64) as usize;
+                outcome = Err(os(errno));
+            }
+            Ok(Some(What::Errno(errno))) => outcome = Err(os(errno)),
+            Ok(Some(what)) => broken = Some(what),
+            Err(e) => outcome = Err(e),
+        }
+        if outcome.is_err() && left == total {
+            left = world.rng.below(total as u64 + 1) as usize;
+        }
         let mut at = offset;
         for part in parts {
             let part = &part[..part.len().min(left)];
@@ -80,16 +103,25 @@ impl Disk for SimDisk {
             left -= wrote;
             at += wrote as u64;
         }
+        if let Some(what) = broken {
+            let forget = world.rng.below(2) == 0;
+            if what == What::Misdirected {
+                world.misdirect(self.id, &parts.concat());
+            }
+            world.file(self.id)?.lose(offset, total, forget);
+        }
         world.changed(self.id);
         outcome
     }
 
     fn sync_data(&self) -> io::Result<()> {
         let mut world = self.world.lock();
-        let outcome = world.begin(self.life, Op::Sync, true);
+        let outcome = world.begin(self.life, self.id, Op::Sync, true);
         if outcome.is_ok() {
-            world.file(self.id)?.sync();
-        } else if world.check_life(self.life).is_ok() {
+            if !world.look(self.id)?.is_durable() {
+                world.file(self.id)?.sync();
+            }
+        } else if world.check(self.life, self.id).is_ok() {
             world.file(self.id)?.sync_failed();
         }
         outcome
@@ -109,7 +141,7 @@ impl Disk for SimDisk {
 
     fn set_size(&self, size: u64) -> io::Result<()> {
         let mut world = self.writing()?;
-        world.begin(self.life, Op::SetSize, true)?;
+        world.begin(self.life, self.id, Op::SetSize, true)?;
         if size > i64::MAX as u64 {
             return Err(os(libc::EFBIG));
         }
@@ -120,7 +152,7 @@ impl Disk for SimDisk {
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut world = self.writing()?;
-        world.begin(self.life, Op::Punch, true)?;
+        world.begin(self.life, self.id, Op::Punch, true)?;
         world.file(self.id)?.punch(offset, len);
         world.changed(self.id);
         Ok(())
@@ -139,7 +171,10 @@ impl Disk for SimDisk {
     }
 
     fn drop_cache(&self) -> io::Result<()> {
-        self.looking(Medium::drop_cache)
+        let mut world = self.world.lock();
+        world.begin(self.life, self.id, Op::Look, false)?;
+        world.file(self.id)?.drop_cache();
+        Ok(())
     }
 
     fn identity(&self) -> io::Result<Identity> {
@@ -178,15 +213,17 @@ impl Dir for SimDir {
     fn open(&self, name: &str, how: Open) -> io::Result<Arc<dyn Disk>> {
         check_name(name)?;
         let mut world = self.world.lock();
-        world.begin(self.life, Op::Open, how == Open::Create)?;
+        world.begin(self.life, self.id, Op::Open, how == Open::Create)?;
         let found = world.names(self.id)?.entries.get(name).copied();
         let id = match (found, how) {
             (Some(_), Open::Create) => return Err(os(libc::EEXIST)),
-            (None, Open::Create) => world.make(self.id, name, Content::File(Medium::new()))?,
+            (None, Open::Create) => {
+                world.make(self.id, name, Content::File(Arc::new(Medium::new())))?
+            }
             (Some(id), _) => id,
             (None, _) => return Err(os(libc::ENOENT)),
         };
-        world.file(id)?;
+        world.look(id)?;
         Ok(self.world.handle(&mut world, id, how != Open::Read))
     }
 
@@ -194,7 +231,7 @@ impl Dir for SimDir {
         check_name(name)?;
         let mut world = self.world.lock();
         let found = world.names(self.id)?.entries.get(name).copied();
-        world.begin(self.life, Op::Open, create && found.is_none())?;
+        world.begin(self.life, self.id, Op::Open, create && found.is_none())?;
         let id = match found {
             Some(id) => id,
             None if create => world.make(self.id, name, Content::Dir(Names::default()))?,
@@ -210,19 +247,19 @@ impl Dir for SimDir {
 
     fn list(&self) -> io::Result<Vec<String>> {
         let mut world = self.world.lock();
-        world.check_life(self.life)?;
+        world.begin(self.life, self.id, Op::Look, false)?;
         Ok(world.names(self.id)?.entries.keys().cloned().collect())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
         check_name(name)?;
         let mut world = self.world.lock();
-        world.begin(self.life, Op::Remove, true)?;
+        world.begin(self.life, self.id, Op::Remove, true)?;
         let names = world.names(self.id)?;
         let id = *names.entries.get(name).ok_or_else(|| os(libc::ENOENT))?;
-        world.file(id)?;
+        world.look(id)?;
         let remove = Some((name.to_owned(), id));
-        world.names(self.id)?.change(Change { remove, add: None });
+        world.rename(self.id, Change { remove, add: None })?;
         world.unlink(id);
         Ok(())
     }
@@ -231,7 +268,7 @@ impl Dir for SimDir {
         check_name(from)?;
         check_name(to)?;
         let mut world = self.world.lock();
-        world.begin(self.life, Op::Rename, true)?;
+        world.begin(self.life, self.id, Op::Rename, true)?;
         let names = world.names(self.id)?;
         let id = *names.entries.get(from).ok_or_else(|| os(libc::ENOENT))?;
         let over = names.entries.get(to).copied();
@@ -239,33 +276,32 @@ impl Dir for SimDir {
             return Ok(());
         }
         if let Some(over) = over {
-            world.file(over)?;
-            world.file(id).map_err(|_| os(libc::ENOTDIR))?;
+            world.look(over)?;
+            world.look(id).map_err(|_| os(libc::ENOTDIR))?;
             world.unlink(over);
         }
         let change = Change {
             remove: Some((from.to_owned(), id)),
             add: Some((to.to_owned(), id)),
         };
-        world.names(self.id)?.change(change);
-        Ok(())
+        world.rename(self.id, change)
     }
 
     fn sync(&self) -> io::Result<()> {
         let mut world = self.world.lock();
-        let outcome = world.begin(self.life, Op::DirSync, true);
+        let outcome = world.begin(self.life, self.id, Op::DirSync, true);
         if outcome.is_ok() {
             world.names(self.id)?.sync();
             world.sweep();
-        } else if world.check_life(self.life).is_ok() {
+        } else if world.check(self.life, self.id).is_ok() {
             world.names(self.id)?.sync_failed();
         }
         outcome
     }
 
     fn space(&self) -> io::Result<Space> {
-        let world = self.world.lock();
-        world.check_life(self.life)?;
+        let mut world = self.world.lock();
+        world.begin(self.life, self.id, Op::Look, false)?;
         Ok(world.space_of(self.id))
     }
 }

@@ -1,72 +1,57 @@
-//! What a simulated file and a simulated directory hold, and what a power cut leaves of them.
+//! What a simulated file holds, now and on the medium.
 //!
 //! Invariants: a page that `undo` does not name is durable as it stands. `undo` keeps, for each
-//! page touched since the last good sync, its durable image and which of its sectors may differ
-//! from it. `sizes` starts with the durable size and ends with the current one.
+//! page touched since the last good sync, its durable image, the images since, and which of its
+//! sectors may differ from it. `sizes` starts with the durable size and ends with the current one.
 //!
-//! It knows no names, faults or locks; the world above does.
+//! It knows no names, faults or locks; the world above does. What a power cut leaves of it is in
+//! [`cut`](super::cut).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::units::{BLOCK, SECTOR};
 
-const PAGE_LEN: usize = BLOCK as usize;
-const SECTOR_LEN: usize = SECTOR as usize;
+pub(super) const PAGE_LEN: usize = BLOCK as usize;
+pub(super) const SECTOR_LEN: usize = SECTOR as usize;
 const ALL_SECTORS: u8 = 0xff;
 const _: () = assert!(PAGE_LEN == 8 * SECTOR_LEN, "a page has one bit a sector");
 
-type Page = Arc<[u8; PAGE_LEN]>;
+/// Images of a page between the durable one and the newest that are kept for a power cut.
+const BETWEEN_MAX: usize = 6;
 
-/// SplitMix64: small, seedable, good enough to choose faults.
-#[derive(Debug, Clone)]
-pub(super) struct Rng(pub(super) u64);
+pub(super) type Page = Arc<[u8; PAGE_LEN]>;
 
-impl Rng {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    /// A number below `end`, which is not 0.
-    pub(super) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    pub(super) fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-    }
+/// A page of zeros: logs write so many ahead that they share one.
+fn zeros() -> Page {
+    static ZEROS: OnceLock<Page> = OnceLock::new();
+    Arc::clone(ZEROS.get_or_init(|| Arc::new([0; PAGE_LEN])))
 }
 
-/// The durable image of a touched page.
+/// The durable image of a touched page, and what it was since.
 #[derive(Debug, Clone)]
-struct Undo {
-    old: Option<Page>,
+pub(super) struct Undo {
+    pub(super) old: Option<Page>,
+    /// What it was in between, and since when; the last ones.
+    pub(super) between: Vec<(u64, Option<Page>)>,
+    /// Since when it is what it is.
+    pub(super) since: u64,
     /// Sectors that may differ from `old`.
-    sectors: u8,
+    pub(super) sectors: u8,
     /// A failed sync covered it: clean to the kernel, never on the medium unless written again.
-    lost: bool,
+    pub(super) lost: bool,
 }
 
 /// Content of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Medium {
-    pages: BTreeMap<u64, Page>,
-    undo: BTreeMap<u64, Undo>,
-    sizes: Vec<u64>,
-}
-
-/// How a power cut treats one file: extremes on purpose as often as mixtures.
-enum Fate {
-    Old,
-    New,
-    Mixed,
+    pub(super) pages: BTreeMap<u64, Page>,
+    pub(super) undo: BTreeMap<u64, Undo>,
+    /// Sizes and since when; the durable one first, the current one last.
+    pub(super) sizes: Vec<(u64, u64)>,
+    /// The stamp of what is being done; the world sets it.
+    pub(super) now: u64,
 }
 
 impl Medium {
@@ -74,12 +59,13 @@ impl Medium {
         Medium {
             pages: BTreeMap::new(),
             undo: BTreeMap::new(),
-            sizes: vec![0],
+            sizes: vec![(0, 0)],
+            now: 0,
         }
     }
 
     pub(super) fn size(&self) -> u64 {
-        *self.sizes.last().expect("never empty")
+        self.sizes.last().expect("never empty").1
     }
 
     pub(super) fn allocated(&self) -> u64 {
@@ -88,17 +74,28 @@ impl Medium {
 
     fn change_size(&mut self, size: u64) {
         if size != self.size() {
-            self.sizes.push(size);
+            self.sizes.push((self.now, size));
         }
     }
 
     fn touch(&mut self, page: u64, sectors: u8) {
-        let pages = &self.pages;
+        let current = self.pages.get(&page).cloned();
         let undo = self.undo.entry(page).or_insert_with(|| Undo {
-            old: pages.get(&page).cloned(),
+            old: current.clone(),
+            between: Vec::new(),
+            since: self.now,
             sectors: 0,
             lost: false,
         });
+        if undo.since != self.now {
+            if !undo.lost {
+                if undo.between.len() == BETWEEN_MAX {
+                    undo.between.remove(0);
+                }
+                undo.between.push((undo.since, current));
+            }
+            undo.since = self.now;
+        }
         undo.sectors |= sectors;
         undo.lost = false;
     }
@@ -140,12 +137,18 @@ impl Medium {
                 room -= BLOCK;
             }
             self.touch(page, sectors_of(&inside));
-            let content = self
-                .pages
-                .entry(page)
-                .or_insert_with(|| Arc::new([0; PAGE_LEN]));
             done = at.end;
-            Arc::make_mut(content)[inside].copy_from_slice(&bytes[at]);
+            match <&[u8; PAGE_LEN]>::try_from(&bytes[at.clone()]) {
+                // Compared as a whole, which is many times faster than byte by byte.
+                Ok(whole) if *whole == [0; PAGE_LEN] => {
+                    self.pages.insert(page, zeros());
+                }
+                Ok(whole) => drop(self.pages.insert(page, Arc::new(*whole))),
+                Err(_) => {
+                    let content = self.pages.entry(page).or_insert_with(zeros);
+                    Arc::make_mut(content)[inside].copy_from_slice(&bytes[at]);
+                }
+            }
         }
         if done > 0 {
             self.change_size(self.size().max(offset + done as u64));
@@ -171,7 +174,7 @@ impl Medium {
     }
 
     /// Frees whole pages and zeroes partial ones; holes stay holes.
-    fn clear(&mut self, offset: u64, end: u64) {
+    pub(super) fn clear(&mut self, offset: u64, end: u64) {
         if offset >= end {
             return;
         }
@@ -214,88 +217,50 @@ impl Medium {
         }
     }
 
+    /// Has what was just written (at the current stamp) never reach the medium; with `forget`, reads
+    /// find that out at once, else only a power cut does.
+    pub(super) fn lose(&mut self, offset: u64, len: usize, forget: bool) {
+        for (page, _, _) in pieces(offset, len) {
+            if let Some(undo) = self.undo.get_mut(&page) {
+                undo.lost = true;
+                undo.between.clear();
+            }
+        }
+        if forget {
+            self.drop_cache();
+        }
+    }
+
     /// A sync that succeeds. What a failed one covered stays lost.
     pub(super) fn sync(&mut self) {
         self.undo.retain(|_, undo| undo.lost);
-        self.sizes = vec![self.size()];
+        self.sizes = vec![(0, self.size())];
     }
 
     /// A sync that fails: everything it covered is clean from now on, and not on the medium.
     pub(super) fn sync_failed(&mut self) {
-        self.undo.values_mut().for_each(|undo| undo.lost = true);
+        for undo in self.undo.values_mut() {
+            undo.lost = true;
+            undo.between.clear();
+        }
     }
 
     /// Changes the medium behind everybody's back: durable at once, now and before.
     pub(super) fn poke(&mut self, offset: u64, bytes: &[u8]) {
         for (page, inside, at) in pieces(offset, bytes.len()) {
-            let content = self
-                .pages
-                .entry(page)
-                .or_insert_with(|| Arc::new([0; PAGE_LEN]));
+            let content = self.pages.entry(page).or_insert_with(zeros);
             Arc::make_mut(content)[inside.clone()].copy_from_slice(&bytes[at.clone()]);
             if let Some(undo) = self.undo.get_mut(&page) {
-                let old = undo.old.get_or_insert_with(|| Arc::new([0; PAGE_LEN]));
-                Arc::make_mut(old)[inside].copy_from_slice(&bytes[at]);
+                let between = undo.between.iter_mut().map(|(_, image)| image);
+                for image in between.chain([&mut undo.old]) {
+                    let image = image.get_or_insert_with(zeros);
+                    Arc::make_mut(image)[inside.clone()].copy_from_slice(&bytes[at.clone()]);
+                }
             }
         }
         let size = self.size().max(offset + bytes.len() as u64);
         self.change_size(size);
     }
-
-    /// Resolves everything not durable, as a power cut may.
-    pub(super) fn cut(&mut self, rng: &mut Rng) {
-        let fate = match rng.below(4) {
-            0 => Fate::Old,
-            1 => Fate::New,
-            _ => Fate::Mixed,
-        };
-        let size = self.sizes[rng.below(self.sizes.len() as u64) as usize];
-        for (page, undo) in std::mem::take(&mut self.undo) {
-            let resolved = match fate {
-                _ if undo.lost => undo.old,
-                Fate::Old => undo.old,
-                Fate::New => continue,
-                Fate::Mixed => mix(&undo, self.pages.get(&page), rng),
-            };
-            match resolved {
-                Some(content) => self.pages.insert(page, content),
-                None => self.pages.remove(&page),
-            };
-        }
-        // Nothing lies behind the end, nor shows up if the file grows again.
-        let last = self
-            .pages
-            .last_key_value()
-            .map_or(0, |(page, _)| (page + 1) * BLOCK);
-        self.clear(size, last);
-        self.undo.clear();
-        self.sizes = vec![size];
-    }
-}
-
-/// Each sector in doubt becomes old, new, or torn: the head of the new before the tail of the old,
-/// or garbage.
-fn mix(undo: &Undo, new: Option<&Page>, rng: &mut Rng) -> Option<Page> {
-    let old = undo.old.as_deref().unwrap_or(&[0; PAGE_LEN]);
-    let new_bytes = new.map_or(&[0; PAGE_LEN], |page| &**page);
-    let (mut out, mut some_old, mut some_new) = (*new_bytes, false, false);
-    for sector in (0..8).filter(|s| undo.sectors & 1 << s != 0) {
-        let at = sector * SECTOR_LEN..(sector + 1) * SECTOR_LEN;
-        let choice = rng.below(8);
-        some_old |= choice != 0 && choice < 4 || choice == 7;
-        some_new |= choice == 0 || choice >= 4;
-        match choice {
-            0 | 4..=6 => {}
-            1..=3 => out[at.clone()].copy_from_slice(&old[at]),
-            _ if rng.below(2) == 0 && new.is_some() => rng.fill(&mut out[at]),
-            _ => {
-                let head = at.start + 1 + rng.below(SECTOR - 1) as usize;
-                out[head..at.end].copy_from_slice(&old[head..at.end]);
-            }
-        }
-    }
-    let exists = new.is_some() && some_new || undo.old.is_some() && (some_old || new.is_some());
-    exists.then(|| Arc::new(out))
 }
 
 /// Splits a byte range: (page, range in the page, range in the buffer).
@@ -316,77 +281,4 @@ fn pieces(offset: u64, len: usize) -> impl Iterator<Item = (u64, Range<usize>, R
 fn sectors_of(inside: &Range<usize>) -> u8 {
     let (first, end) = (inside.start / SECTOR_LEN, inside.end.div_ceil(SECTOR_LEN));
     (first..end).fold(0, |mask, sector| mask | 1 << sector) & ALL_SECTORS
-}
-
-/// One change of a directory: atomic, also a rename.
-#[derive(Debug, Clone)]
-pub(super) struct Change {
-    pub(super) remove: Option<(String, u64)>,
-    pub(super) add: Option<(String, u64)>,
-}
-
-impl Change {
-    fn apply(&self, entries: &mut BTreeMap<String, u64>) {
-        if let Some((name, id)) = &self.remove
-            && entries.get(name) == Some(id)
-        {
-            entries.remove(name);
-        }
-        if let Some((name, id)) = &self.add {
-            entries.insert(name.clone(), *id);
-        }
-    }
-}
-
-/// Names of a directory, now and on the medium.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Names {
-    pub(super) entries: BTreeMap<String, u64>,
-    durable: BTreeMap<String, u64>,
-    /// Changes not synced; `true`: a failed sync covered it, it will never be durable.
-    pending: Vec<(Change, bool)>,
-}
-
-impl Names {
-    pub(super) fn change(&mut self, change: Change) {
-        change.apply(&mut self.entries);
-        self.pending.push((change, false));
-    }
-
-    pub(super) fn sync(&mut self) {
-        for (change, lost) in &self.pending {
-            if !lost {
-                change.apply(&mut self.durable);
-            }
-        }
-        self.pending.retain(|(_, lost)| *lost);
-    }
-
-    pub(super) fn sync_failed(&mut self) {
-        self.pending.iter_mut().for_each(|(_, lost)| *lost = true);
-    }
-
-    /// Everything this directory may name after a power cut.
-    pub(super) fn reachable(&self) -> impl Iterator<Item = u64> {
-        let pending = self
-            .pending
-            .iter()
-            .filter_map(|(change, _)| change.add.as_ref());
-        let named = self.entries.values().chain(self.durable.values()).copied();
-        named.chain(pending.map(|(_, id)| *id))
-    }
-
-    /// Keeps a prefix of the pending changes, as a journal does, or any of them, as POSIX allows.
-    pub(super) fn cut(&mut self, rng: &mut Rng) {
-        let pending = std::mem::take(&mut self.pending);
-        let journal = rng.below(2) == 0;
-        let kept = rng.below(pending.len() as u64 + 1) as usize;
-        for (i, (change, lost)) in pending.iter().enumerate() {
-            let keep = if journal { i < kept } else { rng.below(2) == 0 };
-            if keep && !lost {
-                change.apply(&mut self.durable);
-            }
-        }
-        self.entries = self.durable.clone();
-    }
 }

@@ -2,10 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::Arc;
 
 use crate::sys::disk::Space;
 use crate::sys::sim::Op;
-use crate::sys::sim::medium::{Change, Medium, Names, Rng};
+use crate::sys::sim::cut::{Fate, Rng};
+use crate::sys::sim::faults::Fault;
+use crate::sys::sim::medium::Medium;
+use crate::sys::sim::names::{Change, Names};
 
 /// Size that a filesystem without a limit shows.
 pub(super) const UNLIMITED: u64 = 1 << 50;
@@ -16,7 +20,8 @@ pub(super) const EPOCH_NS: i64 = 1_767_225_600_000_000_000;
 
 #[derive(Debug, Clone)]
 pub(super) enum Content {
-    File(Medium),
+    /// Shared with forks until one of them changes it.
+    File(Arc<Medium>),
     Dir(Names),
 }
 
@@ -24,6 +29,8 @@ pub(super) enum Content {
 pub(super) struct Node {
     /// The filesystem it belongs to: the number of its topmost directory below the root.
     pub(super) fs: u64,
+    /// The directory it was made in.
+    pub(super) dir: u64,
     /// Whether the tree as it is now names it.
     pub(super) linked: bool,
     /// Handles of this life.
@@ -44,24 +51,36 @@ pub(super) struct World {
     pub(super) life: u64,
     /// Changing operations until this life ends by itself; 0: it has.
     pub(super) dies_in: Option<u64>,
-    pub(super) faults: Vec<(Op, u64, i32)>,
+    pub(super) faults: Vec<Fault>,
+    /// How often a fault has struck.
+    pub(super) struck: u64,
+    /// Filesystems whose device is gone until the next life.
+    pub(super) gone: BTreeSet<u64>,
+    /// Grows with everything that is done.
+    pub(super) stamp: u64,
     pub(super) counts: BTreeMap<Op, u64>,
     /// Bytes a filesystem may allocate.
     pub(super) limits: BTreeMap<u64, u64>,
 }
 
 impl World {
-    pub(super) fn check_life(&self, life: u64) -> io::Result<()> {
-        if life == self.life && self.dies_in != Some(0) {
+    /// Whether a handle of this life for this node can still do anything.
+    pub(super) fn check(&self, life: u64, id: u64) -> io::Result<()> {
+        let gone = || {
+            self.nodes
+                .get(&id)
+                .is_some_and(|node| self.gone.contains(&node.fs))
+        };
+        if life == self.life && self.dies_in != Some(0) && (self.gone.is_empty() || !gone()) {
             Ok(())
         } else {
             Err(os(libc::EIO))
         }
     }
 
-    /// Counts an operation and lets it fail if it is to.
-    pub(super) fn begin(&mut self, life: u64, op: Op, changing: bool) -> io::Result<()> {
-        self.check_life(life)?;
+    /// Counts an operation and lets this life end at it if it is to.
+    pub(super) fn count(&mut self, life: u64, id: u64, op: Op, changing: bool) -> io::Result<()> {
+        self.check(life, id)?;
         *self.counts.entry(op).or_default() += 1;
         if changing && let Some(left) = &mut self.dies_in {
             *left -= 1;
@@ -69,24 +88,60 @@ impl World {
                 return Err(os(libc::EIO));
             }
         }
-        let mut errno = None;
-        self.faults.retain_mut(|(kind, left, error)| {
-            if *kind == op {
-                *left -= 1;
-                if *left == 0 {
-                    errno = Some(*error);
-                }
-            }
-            *left > 0
-        });
-        errno.map_or(Ok(()), |errno| Err(os(errno)))
+        Ok(())
     }
 
-    pub(super) fn file(&mut self, id: u64) -> io::Result<&mut Medium> {
-        match self.nodes.get_mut(&id).map(|node| &mut node.content) {
+    /// A length below `len`, if asked for one.
+    pub(super) fn rng_below_if(&mut self, asked: bool, len: usize) -> Option<usize> {
+        asked.then(|| self.rng.below(len.max(1) as u64) as usize)
+    }
+
+    /// A file to look at.
+    pub(super) fn look(&self, id: u64) -> io::Result<&Medium> {
+        match self.nodes.get(&id).map(|node| &node.content) {
             Some(Content::File(file)) => Ok(file),
             Some(Content::Dir(_)) => Err(os(libc::EISDIR)),
             None => Err(os(libc::ENOENT)),
+        }
+    }
+
+    /// A file to change.
+    pub(super) fn file(&mut self, id: u64) -> io::Result<&mut Medium> {
+        self.stamp += 1;
+        match self.nodes.get_mut(&id).map(|node| &mut node.content) {
+            Some(Content::File(file)) => {
+                let file = Arc::make_mut(file);
+                file.now = self.stamp;
+                Ok(file)
+            }
+            Some(Content::Dir(_)) => Err(os(libc::EISDIR)),
+            None => Err(os(libc::ENOENT)),
+        }
+    }
+
+    /// Cuts the power of some filesystems: each as a whole in one of several ways, or every file and
+    /// directory in its own.
+    pub(super) fn cut(&mut self, of: impl Fn(u64) -> bool) {
+        let World { nodes, rng, .. } = self;
+        let mut devices: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
+        for node in nodes.values().filter(|node| of(node.fs)) {
+            devices.entry(node.fs).or_default().extend(node.stamps());
+        }
+        let mut fates = BTreeMap::new();
+        for (fs, stamps) in &devices {
+            if rng.below(2) == 0 {
+                fates.insert(*fs, Fate::draw(rng, stamps));
+            }
+        }
+        for node in nodes.values_mut().filter(|node| of(node.fs)) {
+            let whole = fates.get(&node.fs).copied();
+            let fate = whole.unwrap_or_else(|| Fate::draw(rng, &node.stamps()));
+            node.ctime_ns = node.durable_ctime_ns;
+            match &mut node.content {
+                Content::File(file) if file.is_durable() => {}
+                Content::File(file) => Arc::make_mut(file).cut(fate, rng),
+                Content::Dir(names) => names.cut(fate, rng),
+            }
         }
     }
 
@@ -110,7 +165,7 @@ impl World {
     pub(super) fn make(&mut self, dir: u64, name: &str, content: Content) -> io::Result<u64> {
         let id = self.next_id;
         let add = Some((name.to_owned(), id));
-        self.names(dir)?.change(Change { remove: None, add });
+        self.rename(dir, Change { remove: None, add })?;
         self.next_id += 1;
         let fs = match self.nodes.get(&dir) {
             Some(parent) if dir != ROOT => parent.fs,
@@ -121,6 +176,7 @@ impl World {
             id,
             Node {
                 fs,
+                dir,
                 linked: true,
                 open: 0,
                 ctime_ns,
@@ -129,6 +185,14 @@ impl World {
             },
         );
         Ok(id)
+    }
+
+    /// Changes a directory; not durable.
+    pub(super) fn rename(&mut self, dir: u64, change: Change) -> io::Result<()> {
+        self.stamp += 1;
+        let stamp = self.stamp;
+        self.names(dir)?.change(change, stamp);
+        Ok(())
     }
 
     pub(super) fn make_durably(&mut self, dir: u64, name: &str, content: Content) -> u64 {
@@ -167,6 +231,7 @@ impl World {
         self.life += 1;
         self.dies_in = None;
         self.faults.clear();
+        self.gone.clear();
         self.nodes.values_mut().for_each(|node| node.open = 0);
     }
 
@@ -198,6 +263,14 @@ impl World {
 }
 
 impl Node {
+    /// When what is in doubt of it was done.
+    fn stamps(&self) -> Vec<u64> {
+        match &self.content {
+            Content::File(file) => file.stamps(),
+            Content::Dir(names) => names.stamps(),
+        }
+    }
+
     pub(super) fn allocated(&self) -> u64 {
         match &self.content {
             Content::File(file) => file.allocated(),
