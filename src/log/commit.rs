@@ -763,6 +763,7 @@ impl Writer {
         end: u64,
     ) -> Result<()> {
         const ZEROS: &[u8] = &[0; BLOCK as usize];
+        let known = self.prewritten;
         self.write_ahead(config, sink, file, end, is_bulk(entries))?;
         let mut parts: Vec<&[u8]> = vec![commit];
         for entry in entries {
@@ -773,7 +774,11 @@ impl Writer {
         }
         parts.retain(|p| !p.is_empty());
         let context = || "cannot write to the thin target";
-        file.write_all_at(self.tail.end, &parts).context(context)?;
+        if let Err(e) = file.write_all_at(self.tail.end, &parts) {
+            // There may be a hole before what was written ahead just now: it is not the reserve.
+            self.prewritten = known;
+            return Err(e).context(context);
+        }
         point("batch written");
         if planted(Bug::UndoUnsynced) && is_bulk(entries) {
             return Ok(());

@@ -20,11 +20,13 @@ pub const INO_FIRST: u64 = 1024;
 /// Inode numbers a volume takes for its own nodes.
 pub const INO_PER_VOLUME: u64 = 16;
 
+/// Flag of the STORE entry: the store was stopped cleanly.
+const STORE_CLEAN: u32 = 1;
+/// Flag of the STORE entry: a clone had failed then, whose files are as after an unclean stop.
+const STORE_UNSETTLED: u32 = 2;
 /// Offset of a SNAP's flags in its body.
 const SNAP_FLAGS_AT: usize = 88;
 /// Flag of a SNAP: the snapshot has failed.
-const STORE_CLEAN: u32 = 1;
-const STORE_UNSETTLED: u32 = 2;
 const SNAP_FAILED: u8 = 1;
 /// Flag of a SNAP: the snapshot is on hold.
 const SNAP_HELD: u8 = 2;

@@ -501,17 +501,14 @@ impl Shared {
     /// Removes overlays of layers that the catalogue does not have, or sets them aside where it may be
     /// the record of the layer that is missing. What fails costs space.
     fn clear_orphans(&self, dir: &dyn Dir, files: BTreeMap<u32, Vec<String>>, keep: bool) {
-        let mut catalog = lock(&self.catalog);
+        let catalog = lock(&self.catalog);
         // A file is made after its layer's CLONE is durable. So a number that was never given says that
         // the record was lost, also where that looked like a torn end of the log.
         let next = catalog.next_layer;
         let (lost, gone): (Vec<_>, Vec<_>) = files
             .into_iter()
             .partition(|(layer, _)| keep || *layer >= next);
-        if let Some((newest, _)) = lost.last().filter(|_| next < LAYER_BIT - 2) {
-            // Should one keep its name, no other layer writes into it.
-            catalog.next_layer = next.max((newest + 1).min(LAYER_BIT - 2));
-        }
+        let newest = lost.last().map(|(layer, _)| *layer);
         drop(catalog);
         let names = |files: Vec<(u32, Vec<String>)>| -> Vec<String> {
             files.into_iter().flat_map(|(_, names)| names).collect()
@@ -527,10 +524,18 @@ impl Shared {
             Ok(aside) => tracing::warn!(
                 "the log has lost records: what was written to clones that it may have named is kept as {aside:?}"
             ),
-            Err(e) => tracing::error!(
-                "the log has lost records: {lost:?} may be of clones that it named, and cannot be set aside: {}",
-                e.chain()
-            ),
+            Err(e) => {
+                if let Some(newest) = newest {
+                    // As they keep their names, no other layer may write into them.
+                    let mut catalog = lock(&self.catalog);
+                    let behind = newest.saturating_add(1).min(LAYER_BIT - 2);
+                    catalog.next_layer = catalog.next_layer.max(behind);
+                }
+                tracing::error!(
+                    "the log has lost records: {lost:?} may be of clones that it named, and cannot be set aside: {}",
+                    e.chain()
+                );
+            }
         }
     }
 
@@ -542,7 +547,8 @@ impl Shared {
         };
         let mut changed = None;
         for level in &stack.levels {
-            match level.layer.overlay.ctime_ns() {
+            let overlay = &level.layer.overlay;
+            match overlay.check().and_then(|()| overlay.ctime_ns()) {
                 Ok(ctime) => changed = changed.max(ctime),
                 Err(e) => {
                     // The store opens without this one.

@@ -3,7 +3,7 @@
 //! A mark is a record of the log (INVALIDATE), or stands in the superblock where the log takes none; from
 //! there it moves into the log when the store is opened. It is durable before anything that the failed
 //! ones need is overwritten, and nothing good is marked with them, with one exception: when the
-//! superblock has no room left, a volume's last mark there may be widened over what lies between,
+//! superblock has no room left, one of the volume's marks there may be widened over what lies between,
 //! which then fails at once and not only at the next start.
 //!
 //! A mark names epochs, which may be larger than any that the log knows: epochs of snapshots that could
@@ -126,10 +126,7 @@ impl Shared {
         let mut next = superblock.current().clone();
         let mut marked = Vec::new();
         for failure in failures {
-            if next.invalid.len() + 1 >= MARKS_MAX {
-                next.invalid = good.compacted(std::mem::take(&mut next.invalid));
-            }
-            let mark = put_mark(&mut next.invalid, failure.mark())?;
+            let mark = put_mark(&mut next.invalid, failure.mark(), &good)?;
             marked.push(Failure {
                 first: mark.first,
                 last: mark.last,
@@ -155,7 +152,9 @@ impl Shared {
             return Ok(());
         }
         let record = |m: &InvalidMark| invalidate_record(m.volume, m.first, m.last, text(m));
-        self.append_records(marks.iter().map(record).collect())?;
+        // One that covers nothing says nothing.
+        let says = |m: &&InvalidMark| m.first <= m.last;
+        self.append_records(marks.iter().filter(says).map(record).collect())?;
         let mut superblock = lock(&self.superblock);
         let mut next = superblock.current().clone();
         next.invalid.retain(|mark| !marks.contains(mark));
@@ -163,14 +162,30 @@ impl Shared {
     }
 }
 
-/// Puts a mark among others; where there is little room left, one of the same volume is widened.
-/// Returns the mark that covers it.
-fn put_mark(marks: &mut Vec<InvalidMark>, mark: InvalidMark) -> Result<InvalidMark> {
+/// Puts a mark among others. Where there is little room left they become as few as can be without
+/// covering anything good, and if that does not suffice, one of the same volume is widened: the one over
+/// which the fewest good ones fail. Returns the mark that covers it.
+fn put_mark(marks: &mut Vec<InvalidMark>, mark: InvalidMark, good: &Good) -> Result<InvalidMark> {
     if marks.len() + 1 < MARKS_MAX {
         marks.push(mark);
         return Ok(mark);
     }
-    let Some(known) = marks.iter_mut().find(|m| m.volume == mark.volume) else {
+    let few = good.compacted(marks.iter().copied().chain([mark]).collect());
+    if few.len() < MARKS_MAX {
+        *marks = few;
+        let covers = |m: &&InvalidMark| {
+            m.volume == mark.volume && m.first <= mark.first && m.last >= mark.last
+        };
+        // None covers what is gone.
+        return Ok(marks.iter().find(covers).copied().unwrap_or(mark));
+    }
+    let of_volume = marks.iter_mut().filter(|m| m.volume == mark.volume);
+    let cost = |m: &&mut InvalidMark| {
+        let range = m.first.min(mark.first)..=m.last.max(mark.last);
+        let known = good.0.get(&mark.volume);
+        known.map_or(0, |good| good.range(range).count())
+    };
+    let Some(known) = of_volume.min_by_key(cost) else {
         let why = "the superblock has no room for another mark of failure; free some space";
         return Err(Error::new(Kind::NoSpace, why));
     };
@@ -236,12 +251,13 @@ fn text(mark: &InvalidMark) -> &'static str {
 pub fn apply_marks(shared: &Shared) {
     let marks = lock(&shared.superblock).current().invalid.clone();
     for mark in marks {
+        if mark.first > mark.last {
+            continue;
+        }
         let mut catalog = lock(&shared.catalog);
         if mark.volume & LAYER_BIT != 0 {
             catalog.fail_clone(mark.volume & !LAYER_BIT, text(&mark));
-        } else if let Some(entry) = catalog.volumes.get_mut(&mark.volume)
-            && mark.first <= mark.last
-        {
+        } else if let Some(entry) = catalog.volumes.get_mut(&mark.volume) {
             for snap in entry.points_mut(mark.first..=mark.last) {
                 if snap.state == SnapshotState::Active {
                     snap.state = SnapshotState::Failed(text(&mark).into());
@@ -319,16 +335,35 @@ mod tests {
     #[test]
     fn a_full_table_takes_a_mark_of_a_volume_that_it_has_and_of_no_other() {
         let mut marks = Vec::new();
-        for n in 1..MARKS_MAX as u32 {
-            let put = put_mark(&mut marks, mark(n, 5, 6)).unwrap();
+        let volumes = 1..MARKS_MAX as u32;
+        let known = 1..=MARKS_MAX as u32;
+        let good = Good(known.map(|n| (n, BTreeSet::from([4]))).collect());
+        for n in volumes {
+            let put = put_mark(&mut marks, mark(n, 5, 6), &good).unwrap();
             assert_eq!(put, mark(n, 5, 6));
         }
         assert_eq!(marks.len(), MARKS_MAX - 1);
-        let put = put_mark(&mut marks, mark(9, 1, 2)).unwrap();
+        let put = put_mark(&mut marks, mark(9, 1, 2), &good).unwrap();
         assert_eq!(put, mark(9, 1, 6));
         assert!(marks.contains(&put));
-        let refused = put_mark(&mut marks, mark(MARKS_MAX as u32, 1, 2));
+        let refused = put_mark(&mut marks, mark(MARKS_MAX as u32, 1, 2), &good);
         assert_eq!(refused.unwrap_err().kind(), Kind::NoSpace);
         assert_eq!(marks.len(), MARKS_MAX - 1);
+    }
+
+    #[test]
+    fn a_full_table_widens_the_mark_over_which_nothing_good_fails() {
+        let volumes = 2..MARKS_MAX as u32 - 1;
+        let mut good: BTreeMap<_, _> = volumes.clone().map(|n| (n, BTreeSet::new())).collect();
+        good.insert(1, BTreeSet::from([20, 22, 30]));
+        let good = Good(good);
+        let mut marks = vec![mark(1, 1, 3), mark(1, 40, 45)];
+        marks.extend(volumes.map(|n| mark(n, 1, 1)));
+        assert_eq!(marks.len(), MARKS_MAX - 1);
+        let put = put_mark(&mut marks, mark(1, 44, 50), &good).unwrap();
+        assert_eq!(put, mark(1, 40, 50));
+        // Nothing can be joined now: what costs the least is.
+        let put = put_mark(&mut marks, mark(1, 25, 26), &good).unwrap();
+        assert_eq!(put, mark(1, 25, 50));
     }
 }

@@ -28,7 +28,12 @@ const PUNCH_AT_ONCE: usize = 16 << 10;
 pub fn maintain(shared: &Shared) -> Result<bool> {
     let _maintaining = lock(&shared.maintaining);
     shared.check_open()?;
-    let mut worked = false;
+    // First: it needs no space, and on a full disk a checkpoint may find none without it.
+    let doomed = shared.remove_doomed_layers();
+    let mut worked = matches!(doomed, Ok(true));
+    if worked {
+        shared.space_freed();
+    }
     let due = std::mem::take(&mut *lock(&shared.reclaim_due));
     if !due.is_empty() || checkpoint_due(shared) {
         if let Err(e) = checkpoint(shared) {
@@ -46,7 +51,6 @@ pub fn maintain(shared: &Shared) -> Result<bool> {
         shared.segments_due.store(true, Ordering::Release);
         worked = true;
     }
-    worked |= shared.remove_doomed_layers()?;
     if shared.segments_due.swap(false, Ordering::AcqRel) {
         remove_dead_segments(shared)
             .inspect_err(|_| shared.segments_due.store(true, Ordering::Release))?;
@@ -66,7 +70,7 @@ pub fn maintain(shared: &Shared) -> Result<bool> {
             .idle_lsn
             .store(shared.log.durable_lsn().0, Ordering::Release);
     }
-    Ok(worked)
+    doomed.map(|_| worked)
 }
 
 fn checkpoint_due(shared: &Shared) -> bool {
