@@ -434,6 +434,60 @@ fn the_forecast_is_what_was_measured() {
     assert_eq!(store.engine.thin().unwrap().growth, None);
 }
 
+/// Bytes in all and bytes free, as `statfs` shows them.
+fn shown(path: &std::path::Path) -> (u64, u64) {
+    let path = path.to_str().unwrap();
+    let shown = rig::must("stat", &["-f", "-c", "%S %b %a", path]);
+    let numbers: Vec<u64> = shown
+        .split_whitespace()
+        .map(|n| n.parse().unwrap())
+        .collect();
+    (numbers[0] * numbers[1], numbers[0] * numbers[2])
+}
+
+#[test]
+fn statfs_shows_what_the_limit_has_left() {
+    if !rig::can_mount() {
+        return;
+    }
+    let mut rig = Rig::new();
+    let source = rig.source("v", SIZE);
+    fs::write(&source, vec![1; SIZE as usize]).unwrap();
+    let volume = format!("v={}", source.to_str().unwrap());
+    let limit = ["--limit", "64M", "--segment-size", "1M"];
+    rig.mount_with(&[&limit[..], &["--volume", &volume]].concat());
+    let live = rig.live("v");
+    let snapshot = rig.snapshot("v", "a");
+    rig::touch(&snapshot).unwrap();
+    // What is shown may be a second old.
+    let used = |rig: &Rig| -> u64 {
+        let report: serde_json::Value =
+            serde_json::from_str(&rig.ok(&["status", "--json"])).unwrap();
+        report["thin"]["used"].as_u64().unwrap()
+    };
+    let agrees = |what: &str| {
+        rig::eventually(what, || {
+            shown(&live) == (64 * MIB, 64 * MIB - used(&rig).next_multiple_of(4096))
+        });
+        shown(&live).1
+    };
+    let before = agrees("the free space at first");
+    let file = fs::OpenOptions::new().write(true).open(&live).unwrap();
+    file.write_all_at(&vec![7; 12 << 20], 0).unwrap();
+    let fallen = agrees("the free space after preserving");
+    assert!(fallen + 11 * MIB < before, "{fallen}, {before} before");
+    fs::remove_file(&snapshot).unwrap();
+    rig::eventually("the space of what was preserved is free again", || {
+        shown(&live).1 > fallen + 8 * MIB && used(&rig) + 8 * MIB < 64 * MIB - fallen
+    });
+    drop(file);
+    rig.umount();
+    // A limit that the filesystem cannot reach shows the filesystem.
+    rig.mount_with(&["--limit", "1000T"]);
+    assert_eq!(shown(&rig.live("v")).0, shown(&rig.store()).0);
+    rig.umount();
+}
+
 #[test]
 fn a_daemon_keeps_its_limit_and_says_so() {
     if !rig::can_mount() {

@@ -28,7 +28,7 @@ use crate::daemon::{client, jobs, logging, maintenance, places};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fuse::{self, SessionHandle};
 use crate::sys::clock::{Clock, SystemClock};
-use crate::sys::disk::{Dir, Space};
+use crate::sys::disk::Space;
 use crate::sys::mount;
 use crate::sys::process;
 use crate::tree::{NodeId, StatusFile, StatusSource, Tree};
@@ -227,7 +227,6 @@ fn serve(
     catch_signals(tell.clone())?;
     let live = Arc::new(Live {
         engine: store.engine().clone(),
-        dir: store.dir().clone(),
         place: place.clone(),
     });
     let (uid, gid) = (process::effective_uid(), process::effective_gid());
@@ -485,7 +484,6 @@ impl Ending {
 /// The control directory's files, and what the tree must know of the machine.
 struct Live {
     engine: Arc<Engine>,
-    dir: Arc<crate::sys::file::FileDir>,
     place: Place,
 }
 
@@ -504,9 +502,7 @@ impl StatusSource for Live {
     }
 
     fn space(&self) -> Result<Space> {
-        self.dir
-            .space()
-            .context(|| "cannot ask for the store's space")
+        self.engine.space()
     }
 
     fn now_ns(&self) -> i64 {

@@ -86,7 +86,53 @@ pub(super) fn answer(operation: &'static str, node: u64, error: &TreeError) -> E
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
     use crate::error::Error;
+
+    /// What was logged.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Limits, damage and errors are told as such, at a level that is logged by default.
+    #[test]
+    fn the_log_says_why_it_was_refused() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_max_level(tracing::Level::ERROR)
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        let told = [
+            (Kind::Limit, "at most 4194304 pieces", Errno::EDQUOT),
+            (Kind::Damaged, "a checksum is wrong", Errno::EIO),
+            (Kind::Io, "the medium refused", Errno::EIO),
+            (Kind::Failed, "a fault of the program", Errno::EIO),
+        ];
+        tracing::subscriber::with_default(subscriber, || {
+            for (kind, why, errno) in &told {
+                let error = TreeError::Engine(Error::new(*kind, *why));
+                assert_eq!(answer("read", 77, &error).code(), errno.code());
+            }
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), told.len(), "{text}");
+        for (line, (_, why, _)) in text.lines().zip(&told) {
+            assert!(line.contains(why) && line.contains("node=77"), "{line}");
+        }
+    }
 
     #[test]
     fn a_kind_decides_the_errno_whatever_the_text() {

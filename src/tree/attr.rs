@@ -291,7 +291,7 @@ impl Tree {
         }
     }
 
-    /// Space of the store's filesystem: what preserving can still use.
+    /// The space that preserved content has: of the store's filesystem, or of the limit if that has less.
     ///
     /// # Errors
     /// `Io`.

@@ -5,6 +5,7 @@
 //! All are durable when they return (T1). Everything else that would make, remove or move a name is
 //! refused, so that a stray cp, mv or rsync harms nothing.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::Kind;
@@ -146,7 +147,8 @@ impl Tree {
 
     /// Like [`Tree::readdir`], and hands out with each entry what a lookup of its name would answer
     /// now. There are no attributes with `.` and `..`, with what is not there any more under that name,
-    /// and where telling them would read content (a diff, a status file): listing stays cheap.
+    /// and where telling them would read or ask a file (a diff, a status file, the live image, a clone):
+    /// listing stays cheap, and a source or an overlay that hangs does not hang it.
     ///
     /// Each entry but `.` and `..` that fits counts like a lookup, with and without attributes.
     ///
@@ -158,6 +160,7 @@ impl Tree {
         after: u64,
         mut give: impl FnMut(&DirEntry, Option<&Attr>) -> bool,
     ) -> Result<()> {
+        self.told.fetch_add(1, Ordering::Relaxed);
         let open = self.handles.get(handle)?;
         let Handle::Directory { node: parent, .. } = &*open else {
             return Err(TreeError::BadHandle);
@@ -169,13 +172,19 @@ impl Tree {
             }
             let node = self.listed(&parent, entry);
             let attr = node.as_ref().and_then(|node| match node {
-                Node::Diff(_) | Node::Status(_) => None,
-                node => self.attr(node).ok(),
+                Node::Diff(_) | Node::Status(_) | Node::Live(_) | Node::Clone { .. } => None,
+                Node::Root
+                | Node::Control
+                | Node::VolumeDirectory(_)
+                | Node::Snapshots(_)
+                | Node::Clones(_)
+                | Node::Diffs(_)
+                | Node::Snapshot { .. } => self.attr(node).ok(),
             });
             let full = give(entry, attr.as_ref());
             match node {
                 Some(node) if !full => self.nodes.remember(entry.node, &node),
-                None if !full => self.nodes.remember_again(entry.node),
+                None if !full => self.nodes.remember_listed(entry.node, &parent, &entry.name),
                 _ => {}
             }
             full

@@ -47,6 +47,7 @@ mod types;
 mod xattr;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::volume::Engine;
 
@@ -74,6 +75,8 @@ pub struct Tree {
     nodes: Nodes,
     handles: Handles,
     computed: Computed,
+    /// Listings with attributes that were asked for.
+    told: AtomicU64,
     changed: Watch,
 }
 
@@ -88,6 +91,7 @@ impl Tree {
             nodes: Nodes::default(),
             handles: Handles::default(),
             computed: Computed::default(),
+            told: AtomicU64::new(0),
             changed: Watch::default(),
         }
     }
@@ -95,5 +99,10 @@ impl Tree {
     /// Number of open handles, for status.
     pub fn open_handles(&self) -> usize {
         self.handles.len()
+    }
+
+    /// How often a part of a listing with attributes was asked for, since the tree was made.
+    pub fn listings_with_attributes(&self) -> u64 {
+        self.told.load(Ordering::Relaxed)
     }
 }

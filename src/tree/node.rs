@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::error::Kind;
 use crate::tree::Tree;
 use crate::tree::diffs::{DiffNode, ends_of};
+use crate::tree::directory::image_name;
 use crate::tree::types::{FileKind, NodeId, Result, StatusFile, TreeError};
 use crate::units::Name;
 use crate::volume::{CloneInfo, SnapshotInfo, Volume, VolumeInfo};
@@ -198,11 +199,34 @@ impl Nodes {
         );
     }
 
-    /// Counts an answer that names a node of which nothing is there any more but what the table knows;
-    /// one it does not know needs no entry.
-    pub fn remember_again(&self, id: NodeId) {
-        if let Some(entry) = self.lock().get_mut(&id.0) {
+    /// Counts an answer that names a node by a name it no longer has in this directory. It may have
+    /// another one, by which somebody may look it up before the kernel gives this answer back.
+    pub fn remember_listed(&self, id: NodeId, parent: &Node, name: &str) {
+        let mut table = self.lock();
+        if let Some(entry) = table.get_mut(&id.0) {
             entry.lookups += 1;
+            return;
+        }
+        let known = match parent {
+            Node::Root => Name::new(name).ok().map(Known::Volume),
+            Node::VolumeDirectory(v) => Some(Known::Volume(v.info.name.clone())),
+            Node::Diffs(v) => Some(Known::Diff(v.info.name.clone())),
+            Node::Snapshots(v) => image_name(name)
+                .ok()
+                .map(|name| Known::Snapshot(v.info.name.clone(), name)),
+            Node::Clones(v) => image_name(name)
+                .ok()
+                .map(|name| Known::Clone(v.info.name.clone(), name)),
+            // Its entries are fixed; the others are no directories.
+            Node::Control
+            | Node::Live(_)
+            | Node::Status(_)
+            | Node::Snapshot { .. }
+            | Node::Clone { .. }
+            | Node::Diff(_) => None,
+        };
+        if let Some(known) = known {
+            table.insert(id.0, Entry { known, lookups: 1 });
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::record::{Record, RecordType};
 use crate::map::GrainSet;
+use crate::sys::disk::Space;
 use crate::units::{Epoch, Name, Uuid, VOLUME_SIZE_MAX, VolumeId};
 use crate::volume::catalog::{INO_PER_VOLUME, SnapEntry, Trust, VolumeEntry, volume_record};
 use crate::volume::facts::{
@@ -399,6 +400,15 @@ impl Engine {
     /// `Io`.
     pub fn thin(&self) -> Result<ThinInfo> {
         self.shared.thin_info()
+    }
+
+    /// The space that preserved content has: of the store's filesystem, or of the limit if that has
+    /// less. With a limit it may be a second old.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn space(&self) -> Result<Space> {
+        self.shared.space_shown()
     }
 
     /// Clean stop: drains, makes the sources durable, checkpoints, marks the store clean. The engine

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{IoContext, Result};
 use crate::log::commit::RESERVE;
-use crate::sys::disk::Open;
+use crate::sys::disk::{Open, Space};
 use crate::volume::facts::ThinInfo;
 use crate::volume::shared::{Shared, lock};
 
@@ -28,7 +28,8 @@ const LEAST_NS: i64 = 60 * NS_PER_S;
 /// A clock that jumped by more was set: what was seen before says nothing.
 const JUMP_NS: i64 = 2 * 3600 * NS_PER_S;
 const NS_PER_S: i64 = 1_000_000_000;
-/// How long a count of what is used counts for those who need little of what was left.
+/// How long a count of what is used counts for those who need little of what was left, and for those
+/// who only want to see it.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// What is remembered between looks.
@@ -37,6 +38,8 @@ pub struct Thin {
     samples: Mutex<VecDeque<(i64, u64)>>,
     /// When it was counted, and what the limit had left then, less what was taken since.
     left: Mutex<Option<(Instant, u64)>>,
+    /// When it was counted for somebody who looks, and what was used then.
+    seen: Mutex<Option<(Instant, u64)>>,
 }
 
 impl Shared {
@@ -90,6 +93,32 @@ impl Shared {
         let allowed = room >= needed;
         *left = Some((Instant::now(), if allowed { room - bytes } else { 0 }));
         Ok(allowed)
+    }
+
+    /// The space that preserved content has, as `statfs` shows it: what the filesystem or the limit has,
+    /// whichever is less. With a limit it may be a second old: everything that looks at a file may ask.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn space_shown(&self) -> Result<Space> {
+        let space = self.env.dir.space();
+        let space = space.context(|| "cannot ask for the store's space")?;
+        let Some(limit) = self.settings.limit_bytes else {
+            return Ok(space);
+        };
+        let mut seen = lock(&self.thin.seen);
+        let used = match *seen {
+            Some((counted, used)) if counted.elapsed() < FRESH => used,
+            _ => {
+                let used = self.thin_used()?;
+                *seen = Some((Instant::now(), used));
+                used
+            }
+        };
+        Ok(Space {
+            total: space.total.min(limit),
+            available: space.available.min(limit.saturating_sub(used)),
+        })
     }
 
     /// Takes a sample for the forecast if it is time for one. Best effort.

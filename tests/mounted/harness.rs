@@ -250,6 +250,12 @@ impl Mount {
         self.running.as_ref().unwrap().tree.known_nodes()
     }
 
+    /// Listings with attributes that the kernel asked for.
+    pub fn listings_with_attributes(&self) -> u64 {
+        let tree = &self.running.as_ref().unwrap().tree;
+        tree.listings_with_attributes()
+    }
+
     /// Has the kernel drop a name and, if nothing else holds it, forget the node.
     pub fn drop_name(&self, directory: &Path, name: &str) {
         let parent = NodeId(fs::metadata(directory).unwrap().ino());

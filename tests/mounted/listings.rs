@@ -91,6 +91,7 @@ fn a_long_listing_is_what_each_file_says_and_is_forgotten_again() {
     // vm, live.img, snapshots, clones and the clone.
     let before = 5;
     settles(&mount, before);
+    let asked = mount.listings_with_attributes();
     for round in 0..3 {
         // Nothing is known of the entries, then all is, then all is once more.
         let listed = run(
@@ -119,6 +120,10 @@ fn a_long_listing_is_what_each_file_says_and_is_forgotten_again() {
             settles(&mount, before);
         }
     }
+    assert!(
+        mount.listings_with_attributes() >= asked + 6,
+        "the kernel begins every listing with attributes"
+    );
     // A listing without attributes shows the same numbers.
     let entries = fs::read_dir(&directory).unwrap().map(|e| e.unwrap());
     let shown: BTreeMap<_, _> = entries

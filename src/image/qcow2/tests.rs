@@ -88,7 +88,7 @@ fn refcounts_have_room_for_themselves_at_every_size() {
 
 #[test]
 fn an_image_too_large_for_the_format_is_refused() {
-    let most = L1_MAX * ENTRIES * CLUSTER;
+    let most = 2 << 50;
     assert!(Layout::new(most, &[extent(most - 1, 1, false)]).is_ok());
     assert_eq!(Layout::new(most + 1, &[]).unwrap_err().kind(), Kind::Limit);
 }

@@ -142,6 +142,13 @@ fn blocks_are_what_the_content_uses() {
         World::ODD.div_ceil(512),
         "never more than the size"
     );
+    // Of a snapshot and of a clone, whose grains count in each layer, neither.
+    let most = World::ODD.div_ceil(512);
+    assert_eq!(w.touch("odd", "a.img").blocks, most);
+    let clone = w.link("odd/snapshots/a.img", "odd/clones/c.img").unwrap();
+    assert_eq!(clone.blocks, most);
+    w.write("odd/clones/c.img", 0, &pattern(World::ODD as usize, 3));
+    assert_eq!(w.walk("odd/clones/c.img").unwrap().blocks, most);
     w.write("vm/live.img", 0, &pattern(World::VM as usize, 2));
     assert_eq!(w.walk("vm/snapshots/a.img").unwrap().blocks, 16, "as then");
 }
