@@ -145,7 +145,8 @@ impl Guest {
             .arg(parts.join("vmlinuz"))
             .arg("-initrd")
             .arg(&initrd_path)
-            .args(["-append", "console=ttyS0 quiet panic=-1"]);
+            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .args(["-device", "nvme,drive=disk,serial=disk"]);
         Guest::start(command)
     }
 
@@ -154,7 +155,9 @@ impl Guest {
         let overlay = overlay.to_str().unwrap();
         let mut command = Command::new(QEMU);
         let drive = format!("file={overlay},format=qcow2,if=none,id=disk");
-        command.args(["-drive", &drive]);
+        // The first to boot from; with a kernel given as above that place is taken.
+        let device = "nvme,drive=disk,serial=disk,bootindex=0";
+        command.args(["-drive", &drive, "-device", device]);
         Guest::start(command)
     }
 
@@ -162,7 +165,6 @@ impl Guest {
         command
             .args(["-accel", "tcg", "-m", "256", "-nodefaults"])
             .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
-            .args(["-device", "nvme,drive=disk,serial=disk,bootindex=0"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());

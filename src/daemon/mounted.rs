@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::daemon::places;
 use crate::daemon::protocol::Leave;
@@ -22,6 +22,9 @@ const READ_AHEAD_KIB: u32 = 1024;
 
 /// How long users of a mount that was told to end may keep it before they are cut off.
 pub const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long a mount may be in use by nobody who can be found before it is said so.
+const LET_GO: Duration = Duration::from_secs(2);
 
 /// What the daemon's main thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,7 +151,7 @@ impl Mounted {
             Leave::Lazily | Leave::Forcibly => Unmount::Lazy,
         };
         if !*leaving {
-            mount::unmount(&self.mountpoint, mode).map_err(|e| self.explain(e))?;
+            self.unmount(mode).map_err(|e| self.explain(e))?;
             *leaving = true;
             progress(&format!("unmounted {at}; closing the store"));
         }
@@ -165,6 +168,24 @@ impl Mounted {
             .unwrap_or_else(PoisonError::into_inner)
             .send(told);
         Ok(())
+    }
+
+    /// Unmounts; a user who cannot be found is waited for a moment. Whoever forks holds everything open
+    /// twice until the child runs its own program, and is nowhere to be seen afterwards.
+    fn unmount(&self, mode: Unmount) -> Result<()> {
+        let until = Instant::now() + LET_GO;
+        loop {
+            match mount::unmount(&self.mountpoint, mode) {
+                Err(e)
+                    if e.kind() == Kind::Busy
+                        && Instant::now() < until
+                        && mount::holders(&self.mountpoint).is_empty() =>
+                {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                done => return done,
+            }
+        }
     }
 
     fn explain(&self, e: Error) -> Error {

@@ -87,7 +87,7 @@ pub fn planted(bug: Bug) -> bool {
     *CHOSEN.get_or_init(choose) == Some(bug)
 }
 
-/// A named place on the way: [`POINTS`].
+/// A named place on the way, at which a build with the feature `planted` can be killed.
 #[cfg(not(feature = "planted"))]
 #[inline(always)]
 pub const fn point(_name: &'static str) {}

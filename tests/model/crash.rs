@@ -23,6 +23,18 @@ impl Run {
     pub fn reopen(&mut self) {
         self.try_reopen()
             .unwrap_or_else(|e| panic!("seed {}: the store does not open: {e:?}", self.seed));
+        let unfinished = (0..self.volumes.len())
+            .any(|v| matches!(self.volume(v).info().state, VolumeState::Unfinished(_)));
+        let spent = self.full > 0 && self.world.disk("store/ballast").is_none();
+        if unfinished && spent {
+            // A revert or resize whose end finds no space, reserve and ballast being spent, is finished
+            // by the next start that finds some.
+            self.free();
+            self.world.kill();
+            self.index.kill(self.chance.next());
+            self.count("unfinished until there was space");
+            self.try_reopen().expect("with space it opens");
+        }
         for v in 0..self.volumes.len() {
             let state = self.volume(v).info().state;
             assert!(
