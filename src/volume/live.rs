@@ -93,6 +93,7 @@ impl Volume {
                 }
                 (health, _) => health.clone(),
             },
+            notice: state.astray.clone(),
             ino_base: entry.as_ref().map_or(0, |e| e.ino_base),
             mtime_ns: state.mtime_ns,
             added_ns: entry.as_ref().map_or(0, |e| e.added_ns),
@@ -202,6 +203,7 @@ impl Volume {
         vol.state().serving(&self.vol.name)?;
         // The size may have changed since the caller looked.
         self.check_range(at, end - at, Kind::NoSpace)?;
+        vol.whole()?;
         let source = vol.source()?;
         let grain = vol.grain.bytes();
         let limit = end.min(at + HOLE_PIECE_MAX);
@@ -270,6 +272,9 @@ impl Volume {
         vol.state().serving(&vol.name)?;
         // The size may have changed since the caller looked.
         self.check_range(offset, len, Kind::NoSpace)?;
+        // A write past the new end of a source that was cut off would bring back as zeros what
+        // snapshots share with it.
+        vol.whole()?;
         self.change_in_gate(offset, len, new, compare)
     }
 
@@ -449,6 +454,7 @@ impl Volume {
             .source()?
             .next_data(offset)
             .context(|| "cannot look for data")?;
+        self.vol.whole()?;
         Ok(found.filter(|&at| at < self.vol.size()))
     }
 
@@ -466,6 +472,7 @@ impl Volume {
             .source()?
             .next_hole(offset)
             .context(|| "cannot look for holes")?;
+        self.vol.whole()?;
         Ok(found.min(self.vol.size()))
     }
 
