@@ -634,7 +634,8 @@ fn a_served_store_is_locked() {
     fs::create_dir(b.at("mnt2")).unwrap();
     let said = b.refused(&["mount", b.at("mnt2").to_str().unwrap()], 6);
     assert!(said.contains(&pid), "{said}");
-    assert!(b.refused(&["check"], 6).contains(&pid));
+    assert!(b.refused(&["check", "--rebuild-map"], 6).contains(&pid));
+    assert_eq!(b.json(&["check", "--read-data"])["mode"], "online");
     let said = b.refused(&["mount", b.mnt().to_str().unwrap()], 5);
     assert!(
         said.contains("already serves") && said.contains(&pid),

@@ -105,10 +105,11 @@ impl ExtentMap {
         parts: &[(ChunkKey, EpochSets)],
         applied: &Applied,
     ) -> Result<()> {
-        let mut batches = Batches::new(&*self.index);
+        let index = self.index();
+        let mut batches = Batches::new(&*index);
         for (key, later) in frozen {
             let name = key.encode();
-            let mut page = match self.index.get(&name)? {
+            let mut page = match self.index().get(&name)? {
                 Some(value) => Page::decode(*key, &value)?,
                 None => Page::new(later.grain_blocks()),
             };
@@ -126,9 +127,9 @@ impl ExtentMap {
             batches.push(key.encode(), encode_chunk(*key, sets))?;
         }
         batches.flush()?;
-        self.index.checkpoint()?;
+        self.index().checkpoint()?;
         let (key, value) = encode_applied(applied);
-        self.index.apply(vec![(key, Some(value))])?;
-        self.index.checkpoint()
+        self.index().apply(vec![(key, Some(value))])?;
+        self.index().checkpoint()
     }
 }

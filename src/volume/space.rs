@@ -11,6 +11,7 @@
 //! *before* the overwrite. A snapshot that failed stays failed.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -87,7 +88,10 @@ impl Shared {
     /// # Errors
     /// `NoSpace` if there is too little, also without the ballast.
     pub fn room_for_checkpoint(&self) -> Result<()> {
-        let enough = || self.map_in_memory || has_room_for_map(&self.env, self.map.pending());
+        let enough = || {
+            self.map_in_memory.load(Ordering::Acquire)
+                || has_room_for_map(&self.env, self.map.pending())
+        };
         if enough() || self.release_ballast() && enough() {
             return Ok(());
         }
@@ -222,7 +226,13 @@ impl Shared {
             }
             _ => next.invalid.push(mark),
         }
-        superblock.update(next)
+        superblock.update(next.clone())?;
+        // Into the other slot, too: rot in one of them must not forget it. It counts already.
+        next.invalid.clone_from(&superblock.current().invalid);
+        if let Err(e) = superblock.update(next) {
+            tracing::warn!("a mark of failure stands in one slot only: {}", e.chain());
+        }
+        Ok(())
     }
 
     /// The points that failed need nothing any more; readers and listings are told.

@@ -7,7 +7,7 @@ use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
 use stillframe::volume::{OpenClone, SnapshotState, Zeroing};
 
-use crate::sim::{PAGE, sectors};
+use crate::sim::sectors;
 use crate::state::{ModelClone, Writable};
 use crate::{Run, UnderWay, trace};
 
@@ -149,10 +149,11 @@ impl Run {
             _ => self.range(size),
         };
         let parts = self.volumes[v].clones[&name].image.parts(offset, len);
-        // A block of which a part is zeroed is written, also where it was zero before.
+        // A grain of which a part is zeroed is written, also where it was zero before.
+        let grain = self.volume(v).info().grain.bytes();
         let edge = |at: u64| {
-            let start = at / PAGE * PAGE;
-            (start.max(offset), (start + PAGE).min(offset + len))
+            let start = at / grain * grain;
+            (start.max(offset), (start + grain).min(offset + len))
         };
         let edges = [edge(offset), edge(offset + len - 1)];
         let touched: BTreeSet<u64> = parts
