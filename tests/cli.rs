@@ -1617,3 +1617,32 @@ fn a_volume_is_resized_by_command() {
     b.umount();
     b.ok(&["check"]);
 }
+
+/// Under memory pressure the kernel must not make a thread of the daemon wait for the writing back of
+/// what only the daemon can take: every one is an I/O flusher, or the log says why none can be.
+#[test]
+fn the_daemon_s_threads_are_io_flushers_as_far_as_rights_go() {
+    // PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE of the kernel's task flags.
+    const FLUSHER: u64 = 0x0008_0000 | 0x0010_0000;
+    if !can_mount() {
+        return;
+    }
+    let b = Bench::new();
+    let (log, mnt) = (b.at("daemon.log"), b.mnt());
+    let (log, mnt) = (log.to_str().unwrap(), mnt.to_str().unwrap());
+    b.ok(&["mount", "--log", log, "--volume", &b.volume(), mnt]);
+    fs::write(b.file("vm/live.img"), vec![1; 65_536]).unwrap();
+    let refused = fs::read_to_string(log).unwrap().contains("I/O flusher");
+    let pid = b.json(&["status"])["pid"].as_u64().unwrap();
+    let mut threads = 0;
+    for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+        let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+        let (head, rest) = stat.rsplit_once(") ").unwrap();
+        let flags: u64 = rest.split(' ').nth(6).unwrap().parse().unwrap();
+        let is = flags & FLUSHER == FLUSHER;
+        assert!(is != refused, "{head}): flags {flags:#x}, said: {refused}");
+        threads += 1;
+    }
+    assert!(threads > 1);
+    b.umount();
+}

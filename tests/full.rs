@@ -8,6 +8,12 @@
 //! start on the disk that is still full. Deleting, renaming and taking snapshots work meanwhile, also
 //! while a writer waits. When space comes back, everything works again, and the store checks clean.
 //!
+//! Clones are in it from the beginning: of a snapshot, of a clone, and one made on the full disk. They are
+//! written at random while the disk fills. A write of theirs that finds no space is refused after the
+//! wait and has changed no grain but as a whole, and disturbs nothing else; each is what was written to
+//! it whenever all else is compared, also after SIGKILL; they are deleted on a disk without a free byte,
+//! and can be written when there is space again; a writer with patience goes on then by itself.
+//!
 //! The model is in memory. `STILLFRAME_FULL_ROUNDS` (one a filesystem by default) and
 //! `STILLFRAME_FULL_SEED` choose a longer run or repeat one's choices.
 
@@ -15,7 +21,7 @@
 
 mod rig;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -52,6 +58,100 @@ struct Vol {
 enum Wrote {
     Yes,
     Refused,
+}
+
+/// A clone.
+struct Copied {
+    volume: &'static str,
+    name: String,
+    content: Vec<u8>,
+    file: Option<File>,
+    /// Grains that lie in its own layer.
+    own: BTreeSet<u64>,
+}
+
+impl Copied {
+    fn path(&self, rig: &Rig) -> PathBuf {
+        let clones = rig.mnt().join(self.volume).join("clones");
+        clones.join(format!("{}.img", self.name))
+    }
+
+    /// A clone of what lies at a path, with that content.
+    fn make(rig: &Rig, volume: &'static str, of: &Path, content: &[u8], name: &str) -> Copied {
+        let mut copied = Copied {
+            volume,
+            name: name.to_owned(),
+            content: content.to_vec(),
+            file: None,
+            own: BTreeSet::new(),
+        };
+        let made = fs::hard_link(of, copied.path(rig));
+        made.unwrap_or_else(|e| panic!("{volume}: cannot clone {}: {e}", of.display()));
+        copied.open(rig);
+        copied
+    }
+
+    fn open(&mut self, rig: &Rig) {
+        let mut how = OpenOptions::new();
+        let file = how.read(true).write(true).open(self.path(rig));
+        self.file = Some(file.unwrap());
+    }
+
+    /// Writes and keeps the model. A refused write has changed whole grains or none, and a grain that
+    /// was to lie in the layer first it has not changed.
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Wrote {
+        let end = SIZE.min(offset + bytes.len() as u64);
+        let bytes = &bytes[..(end - offset) as usize];
+        let file = self.file.as_ref().unwrap();
+        let grains = offset / GRAIN..end.div_ceil(GRAIN);
+        match file.write_at(bytes, offset) {
+            Ok(len) => {
+                assert_eq!(len, bytes.len(), "{}: half a write", self.name);
+                self.content[offset as usize..end as usize].copy_from_slice(bytes);
+                self.own.extend(grains);
+                Wrote::Yes
+            }
+            Err(e) if e.kind() == ErrorKind::StorageFull => {
+                let mut found = vec![0; bytes.len()];
+                file.read_exact_at(&mut found, offset).unwrap();
+                for grain in grains {
+                    let from = offset.max(grain * GRAIN);
+                    let to = end.min((grain + 1) * GRAIN);
+                    let part = (from - offset) as usize..(to - offset) as usize;
+                    let known = &mut self.content[from as usize..to as usize];
+                    if found[part.clone()] == *known {
+                        continue;
+                    }
+                    let what = format!("{}: grain {grain} of a refused write", self.name);
+                    assert!(found[part.clone()] == bytes[part.clone()], "{what}");
+                    let piece = (grain * GRAIN) >> 20 < (end - 1) >> 20;
+                    assert!(self.own.contains(&grain) || piece, "{what}");
+                    known.copy_from_slice(&found[part]);
+                    self.own.insert(grain);
+                }
+                Wrote::Refused
+            }
+            Err(e) => panic!("{}: a write at {offset}: {e}", self.name),
+        }
+    }
+
+    fn check(&self, rig: &Rig, when: &str) {
+        let what = format!("{when}: clone {} of {}", self.name, self.volume);
+        let held = read_whole(self.file.as_ref().unwrap());
+        assert!(held == self.content, "{what} differs");
+        let anew = read_whole(&File::open(self.path(rig)).unwrap());
+        assert!(
+            anew == self.content,
+            "{what} differs when it is opened anew"
+        );
+    }
+
+    fn remove(mut self, rig: &Rig) {
+        self.file = None;
+        let gone = fs::remove_file(self.path(rig));
+        gone.unwrap_or_else(|e| panic!("cannot delete clone {}: {e}", self.name));
+        assert!(!self.path(rig).exists());
+    }
 }
 
 impl Vol {
@@ -339,10 +439,14 @@ impl Drop for Freed<'_> {
 #[derive(Default, Debug)]
 struct Counts {
     refused: u64,
+    /// Writes to clones, and those that found space on a disk that was full before.
+    clones_refused: u64,
+    clones_again: u64,
     failed: usize,
     spared: usize,
     kills: u64,
     waited: u64,
+    clones_waited: u64,
 }
 
 struct Campaign {
@@ -355,6 +459,10 @@ struct Campaign {
     lax: Vol,
     /// Has its writers wait for longer than any test.
     patient: Vol,
+    /// Of the strict volume, whose writers are refused after its wait.
+    clones: Vec<Copied>,
+    /// Of the patient one.
+    waiting: Option<Copied>,
     counts: Counts,
 }
 
@@ -402,8 +510,67 @@ impl Campaign {
             strict,
             lax,
             patient,
+            clones: Vec::new(),
+            waiting: None,
             counts: Counts::default(),
         }
+    }
+
+    /// Clones of the first snapshots, and one of a clone.
+    fn make_clones(&mut self) {
+        let rig = &self.rig;
+        let (strict, patient) = (&self.strict.snaps[0], &self.patient.snaps[0]);
+        let of = |volume, snap: &Snap| rig.snapshot(volume, &snap.name);
+        let make = |volume, snap: &Snap, name| {
+            Copied::make(rig, volume, &of(volume, snap), &snap.content, name)
+        };
+        let mut clones = vec![
+            make("strict", strict, "one"),
+            make("strict", strict, "goes"),
+        ];
+        self.waiting = Some(make("patient", patient, "waits"));
+        for clone in &mut clones {
+            for _ in 0..10 {
+                let (at, bytes) = (self.chance.below(SIZE), random(&mut self.chance, 9999));
+                assert_eq!(clone.write(at, &bytes), Wrote::Yes);
+            }
+        }
+        let one = &mut clones[0];
+        let two = Copied::make(rig, "strict", &one.path(rig), &one.content, "two");
+        // What it had lies beneath both now.
+        one.own.clear();
+        clones.push(two);
+        self.clones = clones;
+    }
+
+    /// A random write to a random clone.
+    fn write_clone(&mut self) -> Wrote {
+        let clone = self.chance.below(self.clones.len() as u64) as usize;
+        let clone = &mut self.clones[clone];
+        let len = 1 + self.chance.below(16 * GRAIN);
+        let (at, bytes) = (self.chance.below(SIZE), random(&mut self.chance, len));
+        let begun = Instant::now();
+        let wrote = clone.write(at, &bytes);
+        if wrote == Wrote::Refused {
+            let waited = begun.elapsed();
+            assert!(waited >= WAIT, "refused after {waited:?}, not {WAIT:?}");
+            self.counts.clones_refused += 1;
+        }
+        wrote
+    }
+
+    /// A whole grain that lies in no layer of a clone's own finds no space on a full disk.
+    fn clones_are_refused(&mut self) {
+        self.disk.fill(0);
+        let clone = self.chance.below(self.clones.len() as u64) as usize;
+        let clone = &mut self.clones[clone];
+        let grains = SIZE / GRAIN;
+        let first = self.chance.below(grains);
+        let mut order = (0..grains).map(|n| (first + n) % grains);
+        let fresh = order.find(|grain| !clone.own.contains(grain)).unwrap();
+        let bytes = random(&mut self.chance, GRAIN);
+        assert_eq!(clone.write(fresh * GRAIN, &bytes), Wrote::Refused);
+        self.counts.clones_refused += 1;
     }
 
     fn take(&mut self, name: &str) {
@@ -421,6 +588,9 @@ impl Campaign {
             "{when}: fail-write failed snapshots"
         );
         self.counts.failed += self.lax.check(&self.rig, when);
+        for clone in self.clones.iter().chain(&self.waiting) {
+            clone.check(&self.rig, when);
+        }
         // Who fails has failed everything that was taken later.
         let failed: Vec<bool> = self.lax.snaps.iter().map(|s| s.failed).collect();
         self.counts.spared +=
@@ -430,8 +600,12 @@ impl Campaign {
     /// Random writes until the strict volume's writer is refused even a single grain.
     fn write_until_refused(&mut self, lax_range: u64) {
         let mut fill_in = self.chance.below(40);
-        let mut single = false;
+        let (mut single, mut clones_refused) = (false, 0);
         for _ in 0..20_000 {
+            // Not all the time: each refusal takes the wait.
+            if clones_refused < 2 && self.chance.below(4) == 0 {
+                clones_refused += u64::from(self.write_clone() == Wrote::Refused);
+            }
             let len = match (single, self.chance.below(3)) {
                 (true, _) | (_, 0) => GRAIN,
                 (_, 1) => 1 + self.chance.below(3 * GRAIN),
@@ -480,9 +654,16 @@ impl Campaign {
         assert_eq!(state, "failed", "nothing failed on a full disk");
     }
 
-    fn kill(&mut self) {
+    fn close(&mut self) {
         let all = [&mut self.strict, &mut self.lax, &mut self.patient];
         all.into_iter().for_each(Vol::close);
+        for clone in self.clones.iter_mut().chain(&mut self.waiting) {
+            clone.file = None;
+        }
+    }
+
+    fn kill(&mut self) {
+        self.close();
         self.rig.kill();
         self.rig.mount();
         self.reopen();
@@ -493,11 +674,15 @@ impl Campaign {
         for vol in [&mut self.strict, &mut self.lax, &mut self.patient] {
             vol.reopen(&self.rig);
         }
+        for clone in self.clones.iter_mut().chain(&mut self.waiting) {
+            clone.open(&self.rig);
+        }
     }
 
     fn round(&mut self) {
         let rig_was = Instant::now();
         self.take("a");
+        self.make_clones();
         // For the front, the older snapshot has what it needs from here on.
         for grain in 0..FRONT {
             let bytes = random(&mut self.chance, GRAIN);
@@ -513,6 +698,7 @@ impl Campaign {
         self.check("before it is full");
 
         self.write_until_refused(FRONT);
+        self.clones_are_refused();
         self.check("when full");
         self.write_until_failed(FRONT);
         self.check("when a snapshot has failed");
@@ -541,11 +727,18 @@ impl Campaign {
         self.take("c");
         self.strict.rename(&self.rig, 0, "a2");
         self.lax.rename(&self.rig, 1, "b2");
-        self.check("new snapshots on a full disk");
+        let snap = self.strict.snaps.last().unwrap();
+        let path = self.rig.snapshot("strict", &snap.name);
+        let new = Copied::make(&self.rig, "strict", &path, &snap.content, "three");
+        self.clones.push(new);
+        self.check("new snapshots and a clone on a full disk");
         // A write that a snapshot needs is refused or fails snapshots, by policy.
         self.write_until_refused(self.lax.grains());
         self.write_until_failed(self.lax.grains());
         self.check("full once more");
+        self.clones_are_refused();
+        let goes = self.clones.iter().position(|c| c.name == "goes");
+        self.clones.remove(goes.unwrap()).remove(&self.rig);
         self.strict.remove(&self.rig, 0);
         self.lax.remove(&self.rig, 1);
         self.take("d");
@@ -559,6 +752,8 @@ impl Campaign {
         let (stop, done) = (AtomicBool::new(false), AtomicBool::new(false));
         let bytes = random(&mut self.chance, 64 << 10);
         let (patient, lax) = (&mut self.patient, &mut self.lax);
+        let cloned = AtomicBool::new(false);
+        let waiting = self.waiting.as_mut().unwrap();
         let file = patient.file.as_ref().unwrap().try_clone().unwrap();
         std::thread::scope(|scope| {
             // Whatever fails here, the writer does not wait for ever.
@@ -575,6 +770,13 @@ impl Campaign {
                 done.store(true, Ordering::SeqCst);
                 len
             });
+            let other = scope.spawn(|| {
+                for at in 0..SIZE / bytes.len() as u64 {
+                    let wrote = waiting.write(at * bytes.len() as u64, &bytes);
+                    assert_eq!(wrote, Wrote::Yes);
+                }
+                cloned.store(true, Ordering::SeqCst);
+            });
             let begun = Instant::now();
             lax.take(rig, "e");
             lax.remove(rig, 0);
@@ -582,10 +784,13 @@ impl Campaign {
             assert!(!states(rig, "patient").is_empty());
             assert!(begun.elapsed() < PATIENCE, "held up by a writer that waits");
             let waits = !done.load(Ordering::SeqCst);
+            let clone_waits = !cloned.load(Ordering::SeqCst);
             stop.store(true, Ordering::SeqCst);
             filler.join().unwrap();
             self.counts.waited += u64::from(waits);
+            self.counts.clones_waited += u64::from(clone_waits);
             drop(freed);
+            other.join().unwrap();
             let len = writer.join().unwrap();
             for part in patient.live[..len].chunks_mut(bytes.len()) {
                 part.copy_from_slice(&bytes);
@@ -600,6 +805,8 @@ impl Campaign {
             assert_eq!(self.strict.write(at, &bytes), Wrote::Yes);
             let at = self.chance.below(SIZE);
             assert_eq!(self.lax.write(at, &bytes), Wrote::Yes);
+            assert_eq!(self.write_clone(), Wrote::Yes);
+            self.counts.clones_again += 1;
         }
         self.check("with space");
         assert!(!self.lax.snaps.last().unwrap().failed);
@@ -608,8 +815,8 @@ impl Campaign {
         });
         for vol in [&mut self.strict, &mut self.lax, &mut self.patient] {
             vol.remove(&self.rig, 0);
-            vol.close();
         }
+        self.close();
         self.rig.umount();
         let checked = self.rig.run(&["check"]);
         let said = String::from_utf8_lossy(&checked.stdout).into_owned();
@@ -621,8 +828,7 @@ impl Campaign {
     }
 
     fn end(mut self) -> Counts {
-        let all = [&mut self.strict, &mut self.lax, &mut self.patient];
-        all.into_iter().for_each(Vol::close);
+        self.close();
         // A map that had no room at an open was made anew.
         for entry in fs::read_dir(self.rig.store()).unwrap() {
             let path = entry.unwrap().path();
@@ -668,6 +874,7 @@ fn campaign(kind: &'static str) {
         let kills = if kind == "btrfs" { 1 } else { 2 };
         assert!(counts.refused >= 2 && counts.failed >= 2 && counts.spared > 0);
         assert_eq!(counts.kills, kills);
+        assert!(counts.clones_refused >= 2 && counts.clones_again > 0);
     }
 }
 

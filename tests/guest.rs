@@ -1,13 +1,18 @@
-//! A QEMU guest whose disk is an image of the mount, as a writable raw disk.
+//! QEMU guests: one whose disk is an image of the mount, and one that boots from a backup.
 //!
-//! Shown: the guest mounts its ext4, writes and syncs files and powers off, and what it said it wrote is
+//! Shown of an image of the mount, as a writable raw disk: the guest mounts its ext4, writes and syncs files and powers off, and what it said it wrote is
 //! there; snapshots taken while it writes hold every file that it had synced before, and their
 //! filesystem is clean after its journal was replayed; the image has what the guest left. From
 //! `live.img`, and then from a clone of one of those snapshots, which stays as it was.
 //!
-//! The guest is emulated (no KVM is needed). Its kernel and busybox come from `.ci/guest`, or from where
-//! `STILLFRAME_GUEST` points: a directory with `vmlinuz` (NVMe and ext4 built in) and a static
-//! `busybox`.
+//! Shown of a backup, that is of `a.img` and `a..b.qcow2` copied into a directory, with no daemon running: it
+//! is a whole machine. Firmware finds the boot loader in its first sector, that the kernel in its first
+//! partition, that its root and init in the second; what runs there sees b's content, and writes;
+//! `a.img` stays as it is. The same for a chain of two overlays, made by hand with `qemu-img rebase -u`.
+//!
+//! The guests are emulated (no KVM is needed). What they run comes from `.ci/guest`, or from where
+//! `STILLFRAME_GUEST` points: a directory with `vmlinuz` (NVMe and ext4 built in), a static `busybox`, and
+//! for the second test syslinux, its `mbr.bin`, mtools and mkfs.fat.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -15,6 +20,7 @@ mod rig;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -50,10 +56,10 @@ echo FINISHED
 /// A file of a guest's disk, and its checksum as the guest saw it.
 type Sum = (String, String);
 
-fn parts() -> Option<PathBuf> {
+fn parts(needed: &[&str]) -> Option<PathBuf> {
     let there = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/guest");
     let parts = std::env::var_os("STILLFRAME_GUEST").map_or(there, PathBuf::from);
-    for part in ["vmlinuz", "busybox"] {
+    for part in needed {
         if !parts.join(part).exists() {
             rig::skip(&format!(
                 "no {part} in {}; .ci/guest gets it",
@@ -134,22 +140,29 @@ impl Guest {
         );
         let mut command = Command::new(QEMU);
         command
-            .args([
-                "-accel",
-                "tcg",
-                "-m",
-                "256",
-                "-nodefaults",
-                "-display",
-                "none",
-            ])
-            .args(["-no-reboot", "-serial", "stdio", "-drive", &drive])
-            .args(["-device", "nvme,drive=disk,serial=disk"])
+            .args(["-drive", &drive])
             .arg("-kernel")
             .arg(parts.join("vmlinuz"))
             .arg("-initrd")
             .arg(&initrd_path)
-            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .args(["-append", "console=ttyS0 quiet panic=-1"]);
+        Guest::start(command)
+    }
+
+    /// A machine with nothing but a disk, which is an overlay.
+    fn boot_from(overlay: &Path) -> Guest {
+        let overlay = overlay.to_str().unwrap();
+        let mut command = Command::new(QEMU);
+        let drive = format!("file={overlay},format=qcow2,if=none,id=disk");
+        command.args(["-drive", &drive]);
+        Guest::start(command)
+    }
+
+    fn start(mut command: Command) -> Guest {
+        command
+            .args(["-accel", "tcg", "-m", "256", "-nodefaults"])
+            .args(["-display", "none", "-no-reboot", "-serial", "stdio"])
+            .args(["-device", "nvme,drive=disk,serial=disk,bootindex=0"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit());
@@ -192,12 +205,12 @@ impl Guest {
         }
     }
 
-    fn finish(mut self) -> Vec<Sum> {
+    fn finish(mut self, files: u64) -> Vec<Sum> {
         self.until("FINISHED");
         rig::eventually("the guest powers off", || {
             self.qemu.0.try_wait().unwrap().is_some()
         });
-        assert_eq!(self.sums.len() as u64, FILES);
+        assert_eq!(self.sums.len() as u64, files);
         std::mem::take(&mut self.sums)
     }
 }
@@ -255,12 +268,13 @@ fn run(
         touch(&rig.snapshot("vm", name)).unwrap();
         synced.push(guest.sums.len());
     }
-    (guest.finish(), synced)
+    (guest.finish(FILES), synced)
 }
 
 #[test]
 fn a_guest_runs_from_the_live_image_and_from_a_clone() {
-    let Some(parts) = parts().filter(|_| can_mount()) else {
+    let needed = ["vmlinuz", "busybox"];
+    let Some(parts) = parts(&needed).filter(|_| can_mount()) else {
         return;
     };
     let mut rig = Rig::new();
@@ -288,4 +302,204 @@ fn a_guest_runs_from_the_live_image_and_from_a_clone() {
     holds(&rig, &live, &sums, true);
     holds(&rig, &rig.snapshot("vm", "b"), &sums[..synced[1]], false);
     rig.umount();
+}
+
+/// What a disk that boots by itself is made with, besides what every guest needs.
+const LOADER: [&str; 8] = [
+    "vmlinuz", "busybox", "mbr.bin", "syslinux", "mkfs.fat", "mtools", "mcopy", "mattrib",
+];
+const MIB: u64 = 1 << 20;
+/// Its partitions: FAT with boot loader and kernel, ext4 with everything else. Offset and length.
+const BOOT: (u64, u64) = (MIB, 20 * MIB);
+const ROOT: (u64, u64) = (21 * MIB, 26 * MIB);
+
+/// What runs on it.
+const DISK_INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox mount -t devtmpfs dev /dev || exit 1
+exec >/dev/ttyS0 2>&1
+/bin/busybox mount -t proc proc /proc || echo FAILED
+/bin/busybox grep -q ' / ext4 rw' /proc/mounts || echo FAILED
+echo CONTENT $(/bin/busybox cat /content)
+/bin/busybox dd if=/dev/urandom of=/written bs=65536 count=16 2>/dev/null || echo FAILED
+/bin/busybox sync
+echo SUM $(/bin/busybox md5sum /written)
+/bin/busybox mount -o remount,ro / || echo FAILED
+echo FINISHED
+/bin/busybox poweroff -f
+"#;
+
+const LOADER_CONFIG: &str = "DEFAULT linux
+LABEL linux
+  KERNEL /vmlinuz
+  APPEND console=ttyS0 quiet panic=-1 root=/dev/nvme0n1p2 rw
+";
+
+/// An entry of the partition table in the first sector.
+fn partition(active: bool, kind: u8, (offset, len): (u64, u64)) -> Vec<u8> {
+    // Where it lies by cylinder, head and sector is past what can be said that way.
+    let nowhere = [0xfe, 0xff, 0xff];
+    let mut entry = vec![if active { 0x80 } else { 0 }];
+    entry.extend(nowhere);
+    entry.push(kind);
+    entry.extend(nowhere);
+    entry.extend(((offset / 512) as u32).to_le_bytes());
+    entry.extend(((len / 512) as u32).to_le_bytes());
+    entry
+}
+
+/// A tool of the parts; syslinux looks for mtools by name.
+fn tool(parts: &Path, name: &str, args: &[&str]) {
+    let mut path = parts.as_os_str().to_owned();
+    path.push(":");
+    path.push(std::env::var_os("PATH").unwrap_or_default());
+    let mut command = Command::new(parts.join(name));
+    let out = command.args(args).env("PATH", path).output().unwrap();
+    rig::good(&out, &format!("{name} {args:?}"));
+}
+
+/// A file with partitions, boot loader, kernel, and a root whose `/content` says `a`.
+fn bootable_disk(parts: &Path, rig: &Rig) -> PathBuf {
+    let disk = rig.source("pc", ROOT.0 + ROOT.1);
+    let path = disk.to_str().unwrap();
+    let mut first = fs::read(parts.join("mbr.bin")).unwrap();
+    assert!(first.len() <= 446, "no boot code for a partition table");
+    first.resize(446, 0);
+    first.extend(partition(true, 0x0e, BOOT));
+    first.extend(partition(false, 0x83, ROOT));
+    first.resize(510, 0);
+    first.extend([0x55, 0xaa]);
+    let file = fs::OpenOptions::new().write(true).open(&disk).unwrap();
+    file.write_all_at(&first, 0).unwrap();
+    drop(file);
+
+    let (sector, kib) = ((BOOT.0 / 512).to_string(), (BOOT.1 / 1024).to_string());
+    let offset = format!("--offset={sector}");
+    let args = ["-F", "16", "-h", &sector, &offset, path, &kib];
+    tool(parts, "mkfs.fat", &args);
+    let at = BOOT.0.to_string();
+    tool(parts, "syslinux", &["--install", "--offset", &at, path]);
+    let config = rig.at("syslinux.cfg");
+    fs::write(&config, LOADER_CONFIG).unwrap();
+    let (place, kernel) = (format!("{path}@@{at}"), parts.join("vmlinuz"));
+    for file in [&kernel, &config] {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        let args = ["-i", &place, file.to_str().unwrap(), &format!("::{name}")];
+        tool(parts, "mcopy", &args);
+    }
+
+    let root = rig.at("root");
+    for dir in ["bin", "sbin", "dev", "proc"] {
+        fs::create_dir_all(root.join(dir)).unwrap();
+    }
+    fs::copy(parts.join("busybox"), root.join("bin/busybox")).unwrap();
+    fs::write(root.join("sbin/init"), DISK_INIT).unwrap();
+    for program in ["bin/busybox", "sbin/init"] {
+        must("chmod", &["755", root.join(program).to_str().unwrap()]);
+    }
+    fs::write(root.join("content"), "a").unwrap();
+    let (offset, kib) = (format!("offset={}", ROOT.0), format!("{}k", ROOT.1 / 1024));
+    let from = root.to_str().unwrap();
+    let args = ["-q", "-F", "-E", &offset, "-d", from, path, &kib];
+    must("mkfs.ext4", &args);
+    disk
+}
+
+/// The root of a disk as e2fsprogs name it.
+fn root_of(disk: &Path) -> String {
+    format!("{}?offset={}", disk.to_str().unwrap(), ROOT.0)
+}
+
+/// Gives the root's `/content` another text.
+fn set_content(rig: &Rig, disk: &Path, text: &str) {
+    let (content, script) = (rig.at("content"), rig.at("script"));
+    fs::write(&content, text).unwrap();
+    let write = format!(
+        "rm /content\nwrite {} /content\n",
+        content.to_str().unwrap()
+    );
+    fs::write(&script, write).unwrap();
+    let script = script.to_str().unwrap();
+    must("debugfs", &["-w", "-f", script, &root_of(disk)]);
+}
+
+/// What the guest left in an overlay: a clean root with this content, and what it says it wrote.
+fn check_overlay(rig: &Rig, overlay: &Path, content: &str, sums: &[Sum]) {
+    let raw = rig.at("raw");
+    let (from, to) = (overlay.to_str().unwrap(), raw.to_str().unwrap());
+    must("qemu-img", &["check", "-q", from]);
+    must("qemu-img", &["convert", "-O", "raw", from, to]);
+    let root = root_of(&raw);
+    must("e2fsck", &["-f", "-n", &root]);
+    assert_eq!(must("debugfs", &["-R", "cat /content", &root]), content);
+    let file = rig.at("file");
+    for (name, sum) in sums {
+        let dump = format!("dump {name} {}", file.to_str().unwrap());
+        must("debugfs", &["-R", &dump, &root]);
+        let found = must("md5sum", &[file.to_str().unwrap()]);
+        assert_eq!(found.split(' ').next(), Some(&**sum), "{name}");
+    }
+    fs::remove_file(&raw).unwrap();
+}
+
+/// Copies files of the volume into a new directory, whose files may be written to.
+fn back_up(rig: &Rig, to: &str, files: &[&str]) -> PathBuf {
+    let dir = rig.at(to);
+    fs::create_dir(&dir).unwrap();
+    for name in files {
+        let from = rig.mnt().join("pc").join(name);
+        let to = dir.join(from.file_name().unwrap());
+        let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+        must("cp", &["--sparse=always", from, to]);
+        must("chmod", &["600", to]);
+    }
+    dir
+}
+
+#[test]
+fn a_machine_boots_from_a_copied_snapshot_and_overlay() {
+    let Some(parts) = parts(&LOADER).filter(|_| can_mount()) else {
+        return;
+    };
+    let mut rig = Rig::new();
+    let disk = bootable_disk(&parts, &rig);
+    rig.mount_with(&["--volume", &format!("pc={}", disk.to_str().unwrap())]);
+    let live = rig.live("pc");
+    touch(&rig.snapshot("pc", "a")).unwrap();
+    for name in ["b", "c"] {
+        set_content(&rig, &live, name);
+        touch(&rig.snapshot("pc", name)).unwrap();
+    }
+    let backup = back_up(&rig, "backup", &["snapshots/a.img", "diffs/a..b.qcow2"]);
+    let files = ["snapshots/a.img", "diffs/a..b.qcow2", "diffs/b..c.qcow2"];
+    let chain = back_up(&rig, "chain", &files);
+    let last = chain.join("b..c.qcow2");
+    let rebase = ["rebase", "-u", "-F", "qcow2", "-b", "a..b.qcow2"];
+    must(
+        "qemu-img",
+        &[&rebase[..], &[last.to_str().unwrap()]].concat(),
+    );
+    // From here on there is nothing but these files.
+    rig.umount();
+    fs::remove_dir_all(rig.store()).unwrap();
+    fs::remove_file(&disk).unwrap();
+
+    let read = |dir: &Path, name: &str| fs::read(dir.join(name)).unwrap();
+    let a = read(&backup, "a.img");
+    let below = read(&chain, "a..b.qcow2");
+    assert!(read(&chain, "a.img") == a);
+    let first = backup.join("a..b.qcow2");
+    assert!(below == read(&backup, "a..b.qcow2"));
+    // Both at once: most of the time is the emulator's.
+    let mut guests = [Guest::boot_from(&first), Guest::boot_from(&last)];
+    guests[0].until("CONTENT b");
+    guests[1].until("CONTENT c");
+    let [first_sums, last_sums] = guests.map(|guest| guest.finish(1));
+    check_overlay(&rig, &first, "b", &first_sums);
+    check_overlay(&rig, &last, "c", &last_sums);
+    assert!(read(&backup, "a..b.qcow2") != below, "nothing was written");
+    assert!(read(&backup, "a.img") == a && read(&chain, "a.img") == a);
+    assert!(read(&chain, "a..b.qcow2") == below);
+    // What is below is still a's.
+    let below = ["-R", "cat /content", &root_of(&backup.join("a.img"))];
+    assert_eq!(must("debugfs", &below), "a");
 }

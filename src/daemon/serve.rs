@@ -107,6 +107,13 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
         "stillframe {} starts; log: {logs}",
         env!("CARGO_PKG_VERSION")
     );
+    // Threads inherit it: before the first.
+    if !process::set_io_flusher() {
+        tracing::info!(
+            "no right to be an I/O flusher (CAP_SYS_RESOURCE): when memory is short, a loop device on \
+             this mount may be slow"
+        );
+    }
     let place = Place {
         store: held.dir().path().to_owned(),
         mountpoint: Some(mountpoint),
@@ -218,9 +225,6 @@ fn serve(
     }
     let (tell, events) = mpsc::channel();
     catch_signals(tell.clone())?;
-    if !process::set_io_flusher() {
-        tracing::debug!("no right to be an I/O flusher; works without");
-    }
     let live = Arc::new(Live {
         engine: store.engine().clone(),
         dir: store.dir().clone(),

@@ -26,6 +26,7 @@ use crate::log::record::{Payload, Record, RecordType};
 use crate::log::segment::{self, BATCHES_AT, HEAD_AT, Head, SEGMENT_MAX, Tail};
 use crate::sys::clock::Clock;
 use crate::sys::disk::{Dir, Disk, Open};
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{BLOCK, Lsn, Place, Uuid};
 
 /// Payload after which a batch takes no further submissions: one sync then moves enough.
@@ -429,6 +430,7 @@ impl Log {
                 .dir
                 .remove(&segment::file_name(number))
                 .context(|| format!("cannot remove segment {number} of the thin target"))?;
+            point("segment removed");
         }
         self.config
             .dir
@@ -466,6 +468,9 @@ impl Log {
             Err(e) if e.kind() == Kind::NotFound => return Ok(()),
             Err(e) => return Err(e),
         };
+        if planted(Bug::TailKept) {
+            return Ok(());
+        }
         if earlier.size().context(context)? > before.end {
             earlier.set_size(before.end).context(context)?;
         }
@@ -624,6 +629,7 @@ impl Writer {
                 return Err(Error::io(context(), e));
             }
         };
+        point("segment begun");
         self.number_max = number;
         let ready = file.size().context(context)?;
         let closed = self.file.replace(file);
@@ -650,6 +656,7 @@ impl Writer {
             self.must_roll = true;
             return Err(e);
         }
+        point("segment has its catalogue");
         self.must_roll = false;
         self.fresh = true;
         self.secure_reserve(config);
@@ -713,7 +720,17 @@ impl Writer {
         self.lsn_next += 1;
         let (commit, checksum) = batch.encode(&config.keys);
         let end = self.tail.end + block * BLOCK;
+        if planted(Bug::DurableEarly) {
+            durable_lsn.store(batch.lsn, Ordering::Release);
+            sink.durable(&Durable {
+                lsn: Lsn(batch.lsn),
+                place: batch.place(),
+                end,
+                records: &batch.records,
+            });
+        }
         self.put(config, sink, &file, &commit, entries, end)?;
+        point("batch durable");
 
         self.tail.end = end;
         self.tail.lsn = batch.lsn;
@@ -753,7 +770,15 @@ impl Writer {
         parts.retain(|p| !p.is_empty());
         let context = || "cannot write to the thin target";
         file.write_all_at(self.tail.end, &parts).context(context)?;
-        file.sync_data().map_err(|e| {
+        point("batch written");
+        if planted(Bug::UndoUnsynced) && is_bulk(entries) {
+            return Ok(());
+        }
+        let synced = match file.sync_data() {
+            Err(_) if planted(Bug::SyncRetried) => file.sync_data(),
+            synced => synced,
+        };
+        synced.map_err(|e| {
             // Even when space ran out: what a failed sync covered is lost, so this is no NoSpace
             // that could be tried again in the same place.
             self.must_roll = true;
@@ -814,7 +839,11 @@ impl Writer {
         }
         for until in if scarce { [needed; 2] } else { [step, needed] } {
             let zeros = vec![0; (until - from) as usize];
-            match file.write_all_at(from, &[&zeros]) {
+            let written = match planted(Bug::AllocatedOnly) {
+                true => file.set_size(until),
+                false => file.write_all_at(from, &[&zeros]),
+            };
+            match written {
                 Ok(()) => {
                     self.prewritten = until;
                     return Ok(());
@@ -857,7 +886,10 @@ fn begin(
             false => file.set_size(BATCHES_AT),
         })
         .and_then(|()| file.sync_data())
-        .and_then(|()| dir.sync());
+        .and_then(|()| match planted(Bug::NameUnsynced) {
+            true => Ok(()),
+            false => dir.sync(),
+        });
     match started {
         Ok(()) => Ok(file),
         Err(e) => {

@@ -20,6 +20,7 @@ use crate::map::extents::{ExtentMap, Swept};
 use crate::map::keys::{PAGE_NAMESPACE, PageKey, volume_keys};
 use crate::map::mask::RegionMask;
 use crate::map::page::{Content, Page};
+use crate::sys::planted::{Bug, planted};
 use crate::units::{Epoch, Lsn, Place, REGION_GRAINS, VolumeId};
 
 /// Pages of one step: bounds a batch to about a megabyte, and how long `writer` is held.
@@ -197,6 +198,9 @@ impl Walk<'_> {
     /// preserved before at `before`.
     fn needed(&self, before: Option<Epoch>, epoch: Epoch) -> bool {
         let upto = self.live.partition_point(|&live| live <= epoch);
+        if planted(Bug::SweptEarly) {
+            return upto > 0 && before.is_none();
+        }
         upto > 0 && before.is_none_or(|before| self.live[upto - 1] > before)
     }
 

@@ -5,6 +5,7 @@ pub mod disk;
 pub mod file;
 pub mod lock;
 pub mod mount;
+pub mod planted;
 pub mod process;
 pub mod sim;
 pub mod source;

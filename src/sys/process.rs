@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, IoContext, Kind, Result};
 
+use crate::sys::planted::{Bug, planted};
+
 /// Names the descriptor of the ready pipe and the process that reads it: `FD:PID`.
 const READY_VAR: &str = "STILLFRAME_READY_FD";
 /// The longest ready line in bytes; bounds what a broken daemon can make its starter hold.
@@ -175,8 +177,20 @@ pub fn keep_few_heaps() {
 pub fn set_io_flusher() -> bool {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
     let (on, unused): (libc::c_ulong, libc::c_ulong) = (1, 0);
+    if planted(Bug::NoIoFlusher) {
+        return true;
+    }
     // SAFETY: takes numbers only.
     unsafe { libc::prctl(PR_SET_IO_FLUSHER, on, unused, unused, unused) == 0 }
+}
+
+/// Ends this process as a kill from outside would.
+#[cfg(feature = "planted")]
+pub fn kill_self() -> ! {
+    loop {
+        // SAFETY: takes numbers only.
+        unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    }
 }
 
 /// The user whose rights this process has.

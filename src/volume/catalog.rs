@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
 use crate::log::record::{Record, RecordType, encode_table};
 use crate::sys::disk::Identity;
-use crate::units::{Grain, Name, Uuid};
+use crate::units::{COUNTER_MAX, Grain, Name, Uuid, VOLUME_SIZE_MAX};
 use crate::volume::clone_records::{CloneEntry, LAYER_BIT, LayerEntry};
 use crate::volume::{OnFull, SnapshotState, VolumeOptions};
 
@@ -23,6 +23,8 @@ pub const INO_PER_VOLUME: u64 = 16;
 /// Offset of a SNAP's flags in its body.
 const SNAP_FLAGS_AT: usize = 88;
 /// Flag of a SNAP: the snapshot has failed.
+const STORE_CLEAN: u32 = 1;
+const STORE_UNSETTLED: u32 = 2;
 const SNAP_FAILED: u8 = 1;
 /// Flag of a SNAP: the snapshot is on hold.
 const SNAP_HELD: u8 = 2;
@@ -149,6 +151,9 @@ pub struct VolumeEntry {
 pub struct Catalog {
     /// The store was stopped cleanly, and nothing happened since.
     pub clean: bool,
+    /// The store was stopped cleanly but for clones that had failed: their overlays are to be taken
+    /// for what an unclean stop leaves.
+    pub unsettled: bool,
     /// Number of the next volume.
     pub next_volume: u32,
     /// Next inode number.
@@ -169,6 +174,7 @@ impl Default for Catalog {
     fn default() -> Self {
         Catalog {
             clean: false,
+            unsettled: false,
             next_volume: 1,
             next_ino: INO_FIRST,
             volumes: BTreeMap::new(),
@@ -187,10 +193,12 @@ impl Catalog {
     /// `Damaged` if the record does not fit what is known, `Unsupported` for a type whose meaning
     /// this program does not have.
     pub fn apply(&mut self, record: &Record) -> Result<()> {
+        counted(record.epoch)?;
         match record.kind {
             RecordType::Preserve | RecordType::Zero | RecordType::Changed => {
                 self.clean = false;
                 if let Some(volume) = self.volumes.get_mut(&record.volume) {
+                    same_grain(volume, record)?;
                     volume.epoch = volume.epoch.max(record.epoch);
                     volume.changed = true;
                 }
@@ -199,7 +207,7 @@ impl Catalog {
                 if let Some(volume) = self.volumes.get_mut(&record.volume) {
                     // Nothing of a complete epoch follows its bitmap: another one is open by now.
                     let complete = record.bitmap_bits().is_some_and(|(_, complete)| complete);
-                    let epoch = record.epoch.saturating_add(u64::from(complete));
+                    let epoch = (record.epoch + u64::from(complete)).min(COUNTER_MAX);
                     volume.epoch = volume.epoch.max(epoch);
                 }
             }
@@ -210,7 +218,7 @@ impl Catalog {
             }
             RecordType::Bookmark => {
                 let bookmark = decode_bookmark(&record.body)?;
-                self.next_ino = self.next_ino.max(bookmark.ino.saturating_add(1));
+                self.next_ino = self.next_ino.max(bookmark.ino + 1);
                 self.volume(record.volume)?;
                 // One record does both: no crash leaves a snapshot and its bookmark, or neither.
                 self.unlist_snapshot(record.volume, record.epoch);
@@ -244,7 +252,7 @@ impl Catalog {
             }
             RecordType::RevertEnd => {
                 let mut r = Reader::new(&record.body, "a REVERT_END");
-                let (size, source) = (r.u64()?, r.u64()?);
+                let (size, source) = (sized(r.u64()?)?, r.u64()?);
                 let volume = self.volume(record.volume)?;
                 (volume.size, volume.identity.size) = (size, source);
                 volume.reverting = None;
@@ -275,12 +283,16 @@ impl Catalog {
             }
             RecordType::Store => {
                 let mut r = Reader::new(&record.body, "a STORE record");
-                self.clean = r.u32()? & 1 != 0;
-                self.next_volume = self.next_volume.max(r.u32()?);
-                self.next_ino = self.next_ino.max(r.u64()?);
+                let flags = r.u32()?;
+                self.clean = flags & STORE_CLEAN != 0;
+                self.unsettled = flags & STORE_UNSETTLED != 0;
+                self.next_volume = self.next_volume.max(next_number(r.u32()?)?);
+                let next_ino = r.u64()?;
+                counted(next_ino.saturating_sub(INO_PER_VOLUME))?;
+                self.next_ino = self.next_ino.max(next_ino);
                 if r.left() > 0 {
-                    self.next_clone = self.next_clone.max(r.u32()?);
-                    self.next_layer = self.next_layer.max(r.u32()?);
+                    self.next_clone = self.next_clone.max(next_number(r.u32()?)?);
+                    self.next_layer = self.next_layer.max(next_number(r.u32()?)?);
                 }
                 return Ok(());
             }
@@ -309,8 +321,9 @@ impl Catalog {
 
     fn apply_snap(&mut self, record: &Record) -> Result<()> {
         let mut r = Reader::new(&record.body, "a SNAP");
-        let (uuid, ino) = (r.uuid()?, r.u64()?);
-        let (taken_ns, mtime_ns, size, allocated) = (r.i64()?, r.i64()?, r.u64()?, r.u64()?);
+        let (uuid, ino) = (r.uuid()?, counted(r.u64()?)?);
+        let (taken_ns, mtime_ns) = (r.i64()?, r.i64()?);
+        let (size, allocated) = (sized(r.u64()?)?, r.u64()?);
         let (parent, group) = (r.uuid_or_zero()?, r.uuid_or_zero()?);
         let flags = r.u8()?;
         let (failed, held) = (flags & SNAP_FAILED != 0, flags & SNAP_HELD != 0);
@@ -340,6 +353,10 @@ impl Catalog {
             held,
             state,
         };
+        if !kept && volume.bookmarks.contains_key(&record.epoch) {
+            let why = "the log speaks of a snapshot after it became a bookmark";
+            return Err(Error::new(Kind::Damaged, why));
+        }
         match kept {
             true => volume.kept.insert(record.epoch, snap),
             false => volume.snapshots.insert(record.epoch, snap),
@@ -349,7 +366,7 @@ impl Catalog {
 
     fn apply_resize(&mut self, record: &Record) -> Result<()> {
         let mut r = Reader::new(&record.body, "a RESIZE");
-        let (_, to, source, done) = (r.u64()?, r.u64()?, r.u64()?, r.u64()?);
+        let (_, to, source, done) = (r.u64()?, sized(r.u64()?)?, r.u64()?, r.u64()?);
         let volume = self.volume(record.volume)?;
         if done & RESIZE_DONE != 0 {
             (volume.size, volume.identity.size) = (to, source);
@@ -362,7 +379,7 @@ impl Catalog {
 
     fn apply_volume(&mut self, record: &Record) -> Result<()> {
         let entry = decode_volume(&record.body)?;
-        self.next_volume = self.next_volume.max(record.volume.saturating_add(1));
+        self.next_volume = self.next_volume.max(numbered(record.volume)? + 1);
         self.next_ino = self.next_ino.max(entry.ino_base + INO_PER_VOLUME);
         let mut entry = entry;
         // These have records of their own.
@@ -372,6 +389,7 @@ impl Catalog {
             entry.bookmarks = known.bookmarks;
             entry.resizing = known.resizing;
             entry.reverting = known.reverting;
+            entry.epoch = entry.epoch.max(known.epoch);
         }
         self.volumes.insert(record.volume, entry);
         Ok(())
@@ -380,9 +398,9 @@ impl Catalog {
     /// The whole catalogue as the payload of a CATALOG record.
     pub fn encode(&self) -> Vec<u8> {
         let mut w = Writer::new();
-        w.u32(u32::from(self.clean))
-            .u32(self.next_volume)
-            .u64(self.next_ino);
+        let flags = [(self.clean, STORE_CLEAN), (self.unsettled, STORE_UNSETTLED)];
+        let flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag);
+        w.u32(flags.sum()).u32(self.next_volume).u64(self.next_ino);
         if self.next_clone > 1 || self.next_layer > 1 {
             w.u32(self.next_clone).u32(self.next_layer);
         }
@@ -563,10 +581,63 @@ pub fn bookmark_record(volume: u32, epoch: u64, bookmark: &BookmarkEntry) -> Rec
     Record::plain(RecordType::Bookmark, volume, epoch, w.finish())
 }
 
+/// A volume has one grain for ever: a record with another would be taken for other bytes of it.
+pub(super) fn same_grain(volume: &VolumeEntry, record: &Record) -> Result<()> {
+    let own = volume.grain.bytes();
+    match record
+        .grain_bytes()
+        .is_none_or(|bytes| u64::from(bytes) == own)
+    {
+        true => Ok(()),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the log has another grain than its volume",
+        )),
+    }
+}
+
+/// A counter as a record says it.
+pub(super) fn counted(value: u64) -> Result<u64> {
+    match value <= COUNTER_MAX {
+        true => Ok(value),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the catalogue counts further than anybody has",
+        )),
+    }
+}
+
+/// A size as a record says it.
+pub(super) fn sized(bytes: u64) -> Result<u64> {
+    match bytes <= VOLUME_SIZE_MAX {
+        true => Ok(bytes),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the catalogue speaks of more than a volume can hold",
+        )),
+    }
+}
+
+/// The next number of a volume, clone or layer: one more than the largest that is given.
+fn next_number(next: u32) -> Result<u32> {
+    numbered(next.saturating_sub(1)).map(|_| next)
+}
+
+/// A number of a volume, as a record says it.
+fn numbered(id: u32) -> Result<u32> {
+    match id < LAYER_BIT {
+        true => Ok(id),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the catalogue has a number that is never given",
+        )),
+    }
+}
+
 fn decode_bookmark(body: &[u8]) -> Result<BookmarkEntry> {
     let mut r = Reader::new(body, "a BOOKMARK");
-    let (uuid, ino) = (r.uuid()?, r.u64()?);
-    let (taken_ns, mtime_ns, size) = (r.i64()?, r.i64()?, r.u64()?);
+    let (uuid, ino) = (r.uuid()?, counted(r.u64()?)?);
+    let (taken_ns, mtime_ns, size) = (r.i64()?, r.i64()?, sized(r.u64()?)?);
     let flags = r.u8()?;
     let (name, why) = (r.name()?, r.text()?.to_owned());
     let state = match flags & BOOKMARK_FAILED {
@@ -660,7 +731,7 @@ pub fn volume_record(id: u32, v: &VolumeEntry) -> Record {
 fn decode_volume(body: &[u8]) -> Result<VolumeEntry> {
     let bad = |what: &str| Error::new(Kind::Damaged, format!("a VOLUME record has a bad {what}"));
     let mut r = Reader::new(body, "a VOLUME record");
-    let (uuid, size, grain) = (r.uuid()?, r.u64()?, u64::from(r.u32()?));
+    let (uuid, size, grain) = (r.uuid()?, sized(r.u64()?)?, u64::from(r.u32()?));
     let grain = Grain::new(grain).map_err(|_| bad("grain"))?;
     let on_full_wait_s = r.u32()?;
     let on_full = match r.u8()? {
@@ -676,7 +747,7 @@ fn decode_volume(body: &[u8]) -> Result<VolumeEntry> {
     };
     let changed = r.u8()? != 0;
     let _ = (r.u8()?, r.u32()?);
-    let (ino_base, added_ns, epoch) = (r.u64()?, r.i64()?, r.u64()?);
+    let (ino_base, added_ns, epoch) = (counted(r.u64()?)?, r.i64()?, counted(r.u64()?)?);
     let (mtime_ns, snap_mtime_ns) = (r.i64()?, r.i64()?);
     let identity = Identity {
         dev: r.u64()?,

@@ -11,13 +11,14 @@
 
 use std::ops::Range;
 use std::sync::PoisonError;
+use std::time::Instant;
 
 use crate::error::{Error, Kind, Result};
 use crate::log::commit::{BATCH_PAYLOAD_MAX, Entry};
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::VOLUME_SIZE_MAX;
 use crate::volume::clone_records::clone_alloc_record;
 use crate::volume::layers::{CloneRt, View};
-use crate::volume::reclaim;
 use crate::volume::shared::{Shared, lock};
 
 /// Bytes that one write handles at a time: bounds its memory.
@@ -64,16 +65,20 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Space that can be given back is, before anybody is refused. Holds no gate meanwhile.
+    /// Space that can be given back is, and space is waited for as long as the volume says, before anybody
+    /// is refused: as for a writer of the volume, but for its policy. Holds no gate meanwhile. A piece
+    /// that was refused has changed no grain that was not in the layer already, and is done anew.
     fn with_space(&self, change: &dyn Fn() -> Result<()>) -> Result<()> {
-        match change() {
-            Err(e) if e.kind() == Kind::NoSpace && !lock(&self.shared.reclaim_due).is_empty() => {
-                if let Err(e) = reclaim::maintain(self.shared) {
-                    tracing::debug!("reclaim for a writer of a clone: {}", e.chain());
-                }
-                change()
+        let mut since = None;
+        loop {
+            let full = match change() {
+                Err(e) if e.kind() == Kind::NoSpace => e,
+                done => return done,
+            };
+            let since = *since.get_or_insert_with(Instant::now);
+            if !self.shared.wait_for_space(&self.clone.vol, since) {
+                return Err(full);
             }
-            done => done,
         }
     }
 
@@ -141,7 +146,10 @@ impl Writer<'_> {
             if missing.is_empty() && !grows {
                 return Ok(());
             }
-            top.overlay.sync()?;
+            if !planted(Bug::OverlayUnsynced) {
+                top.overlay.sync()?;
+            }
+            point("overlay synced");
             let mut said = missing.clone();
             if said.is_empty() {
                 said.push(grains.end - 1..grains.end);
@@ -341,7 +349,9 @@ impl Writer<'_> {
             return Ok(());
         }
         // What an earlier crash may have left there must be gone before it counts.
-        top.overlay.sync()?;
+        if !planted(Bug::OverlayUnsynced) {
+            top.overlay.sync()?;
+        }
         for runs in fresh.chunks(BATCH_RUNS) {
             self.say(&view, runs, true, 0)?;
         }

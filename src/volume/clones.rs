@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::record::Record;
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{Name, Uuid, VOLUME_SIZE_MAX};
 use crate::volume::catalog::Catalog;
 use crate::volume::clone_records::{
@@ -131,7 +132,7 @@ impl OpenClone {
         let overlay = &view.top()?.overlay;
         // What was cut off before must be gone for good before it could show again.
         overlay.sync()?;
-        let said = shared.restate(clone, |catalog, entry, (id, layer)| {
+        let said = shared.restate(clone, None, |catalog, entry, (id, layer)| {
             entry.size = size;
             layer.visible = layer.visible.min(size);
             if size == 0 {
@@ -176,12 +177,13 @@ impl OpenClone {
         if !listed || !view.growing || clone.state().deleted || !fits(&view, from, offset..end)? {
             return Ok(false);
         }
-        shared.restate(clone, |_, entry, (_, layer)| {
+        // Opened before: readers hold no lock, and must not meet a layer whose base is not there yet.
+        let base = shared.open_snapshot_of(clone, epoch);
+        shared.restate(clone, base, |_, entry, (_, layer)| {
             layer.base = Base::Snapshot(epoch);
             layer.visible = end;
             entry.size = entry.size.max(end);
         })?;
-        shared.open_base(clone);
         clone.note_change(shared.env.clock.now_ns());
         Ok(true)
     }
@@ -365,10 +367,12 @@ impl Shared {
         Err(e)
     }
 
-    /// Says a clone's CLONE again with changes. The caller holds `structure` and the clone's gate.
+    /// Says a clone's CLONE again with changes. The caller holds `structure` and the clone's gate, and
+    /// gives the snapshot that is to be at the bottom, if that is a new one.
     fn restate(
         &self,
         clone: &CloneRt,
+        base: Option<Arc<Snapshot>>,
         change: impl FnOnce(&Catalog, &mut CloneEntry, &mut (u32, LayerEntry)),
     ) -> Result<()> {
         let (entry, layer) = {
@@ -387,14 +391,7 @@ impl Shared {
             (entry, layer)
         };
         self.append_clones(Some(clone), vec![clone_record(clone.id, &entry, &[layer])])?;
-        self.refresh_clone(clone);
-        let mut state = clone.state();
-        let unused = match state.stack.base {
-            Some(_) => None,
-            None => state.base.take(),
-        };
-        drop(state);
-        drop(unused);
+        self.refresh_clone(clone, base);
         self.release_layers(&clone.vol);
         Ok(())
     }
@@ -434,13 +431,26 @@ impl Shared {
         Ok((catalog.next_clone, entry))
     }
 
-    /// Makes what `flush` of each clone would.
+    /// Does what `flush` of each clone would. `false` if one of them could not be made durable, now or
+    /// earlier: then what its overlays show may not be what the medium has. No clone keeps another one,
+    /// or the store, from a clean stop.
     ///
     /// # Errors
-    /// The first error.
-    pub fn flush_clones(&self) -> Result<()> {
+    /// The first error that nobody has been told of yet, after all of them were flushed.
+    pub fn flush_clones(&self) -> (bool, Result<()>) {
         let clones: Vec<Arc<CloneRt>> = lock(&self.clones).by_id.values().cloned().collect();
-        clones.iter().try_for_each(|clone| flush(clone))
+        let (mut all, mut first) = (true, Ok(()));
+        for clone in clones {
+            let known = clone.writable().is_err();
+            if let Err(e) = flush(&clone) {
+                all = false;
+                tracing::error!(clone = clone.id, "not made durable: {}", e.chain());
+                if !known {
+                    first = first.and(Err(e));
+                }
+            }
+        }
+        (all, first)
     }
 
     /// Puts a clone that is durable now among the served ones.
@@ -499,7 +509,7 @@ impl Engine {
             let why = format!("clones of clones are at most {LAYERS_MAX} deep");
             return Err(Error::new(Kind::Limit, why));
         }
-        let untouched = lock(&view.top()?.set).is_empty();
+        let untouched = lock(&view.top()?.set).is_empty() || planted(Bug::LayerShared);
         let records = {
             let catalog = lock(&shared.catalog);
             let gone = || Error::new(Kind::NotFound, "the clone was deleted");
@@ -523,7 +533,8 @@ impl Engine {
             }
         };
         shared.append_clones(Some(&source), records)?;
-        shared.refresh_clone(&source);
+        point("clone durable");
+        shared.refresh_clone(&source, None);
         shared.serve_clone(id)
     }
 
@@ -577,7 +588,7 @@ impl Engine {
             return Err(Error::new(Kind::Exists, why));
         }
         let _gate = clone.gate.write().unwrap_or_else(PoisonError::into_inner);
-        shared.restate(&clone, |_, entry, _| entry.name = new.clone())
+        shared.restate(&clone, None, |_, entry, _| entry.name = new.clone())
     }
 
     /// The clones of a volume, by name.

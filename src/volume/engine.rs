@@ -397,7 +397,8 @@ impl Engine {
     /// refuses work afterwards.
     ///
     /// # Errors
-    /// The first error; the store is then unclean, nothing is lost.
+    /// The first error; the store is then unclean, nothing is lost. (The sync of a clone may fail and
+    /// leave it clean: the next start looks at that clone as after an unclean stop.)
     pub fn close(&self) -> Result<()> {
         recovery::close(&self.shared)
     }

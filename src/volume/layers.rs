@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::map::GrainSet;
+use crate::sys::disk::Dir;
 use crate::units::{Epoch, Grain};
 use crate::volume::catalog::Catalog;
 use crate::volume::clone_records::{CloneEntry, LAYER_BIT, layer_volume};
@@ -319,8 +320,10 @@ impl Shared {
         Some(clone)
     }
 
-    /// Takes over a clone's entry and layers from the catalogue, which has just changed them.
-    pub fn refresh_clone(&self, clone: &CloneRt) {
+    /// Takes over a clone's entry and layers from the catalogue, which has just changed them, and at the
+    /// same moment the snapshot at their bottom, if that is a new one: whoever reads sees both or
+    /// neither.
+    pub fn refresh_clone(&self, clone: &CloneRt, base: Option<Arc<Snapshot>>) {
         let catalog = lock(&self.catalog);
         let Some(entry) = catalog.clones.get(&clone.id).cloned() else {
             return;
@@ -329,6 +332,15 @@ impl Shared {
         let mut state = clone.state();
         state.entry = entry;
         state.stack = stack;
+        let epoch = state.stack.base;
+        let fits = |open: &Arc<Snapshot>| Some(open.info().epoch.0) == epoch;
+        let old = state.base.take();
+        let (wanted, unused): (Vec<_>, Vec<_>) = [old, base].into_iter().flatten().partition(fits);
+        state.base = wanted.first().cloned();
+        drop(state);
+        drop(catalog);
+        // Their drop takes the volume's state.
+        drop((wanted, unused));
     }
 
     /// After layers have left the catalogue: they and the snapshots that only they kept are let go.
@@ -384,25 +396,35 @@ impl Shared {
         first.map(|()| worked)
     }
 
-    /// Opens the snapshot at the bottom of a clone that is being opened.
-    pub fn open_base(self: &Arc<Shared>, clone: &CloneRt) {
-        let (epoch, snap) = {
+    /// Opens a snapshot of a clone's volume, listed or kept; `None` if there is no such one.
+    pub fn open_snapshot_of(
+        self: &Arc<Shared>,
+        clone: &CloneRt,
+        epoch: u64,
+    ) -> Option<Arc<Snapshot>> {
+        let snap = {
             let catalog = lock(&self.catalog);
-            let state = clone.state();
-            let Some(epoch) = state.stack.base.filter(|_| state.base.is_none()) else {
-                return;
-            };
-            drop(state);
-            let Some(snap) = catalog.snapshot_or_kept(clone.vol.id, epoch).cloned() else {
-                return;
-            };
+            let snap = catalog.snapshot_or_kept(clone.vol.id, epoch)?.clone();
             // Pinned while it is in the catalogue: a deletion looks for pins after it has left.
             clone.vol.pin(epoch, &snap.state);
-            (epoch, snap)
+            snap
         };
         let info = info_of(self, &clone.vol, epoch, &snap);
         let vol = Arc::clone(&clone.vol);
-        let base = Arc::new(Snapshot::pinned(Arc::clone(self), vol, info));
+        Some(Arc::new(Snapshot::pinned(Arc::clone(self), vol, info)))
+    }
+
+    /// Opens the snapshot at the bottom of a clone that is being opened. If another one takes its place
+    /// meanwhile, that one comes with its base ([`Shared::refresh_clone`]).
+    pub fn open_base(self: &Arc<Shared>, clone: &CloneRt) {
+        let epoch = {
+            let state = clone.state();
+            state.stack.base.filter(|_| state.base.is_none())
+        };
+        let Some(epoch) = epoch else { return };
+        let Some(base) = self.open_snapshot_of(clone, epoch) else {
+            return;
+        };
         let mut state = clone.state();
         let unused = match state.stack.base == Some(epoch) && state.base.is_none() {
             true => state.base.replace(base),
@@ -413,12 +435,8 @@ impl Shared {
         drop(unused);
     }
 
-    /// Marks a clone failed; durable when it returns. The caller holds `structure` or opens the store.
-    ///
-    /// # Errors
-    /// If neither the log nor the superblock takes the mark.
-    pub fn fail_clone(&self, id: u32, why: &str) -> Result<()> {
-        self.mark_failed(LAYER_BIT | id, 0, u64::MAX, why)?;
+    /// A clone was marked failed: readers and listings are told.
+    pub(in crate::volume) fn drop_failed_clone(&self, id: u32, why: &str) {
         let clone = lock(&self.clones).by_id.get(&id).cloned();
         if let Some(clone) = clone {
             let mut state = clone.state();
@@ -429,14 +447,15 @@ impl Shared {
                 watch(ino);
             }
         }
-        Ok(())
     }
 
-    /// Brings up the clones of a store that is being opened, and removes overlays of none.
+    /// Brings up the clones of a store that is being opened, and removes overlays of none; with `keep`,
+    /// because a part of the log was lost, it removes nothing. What is wrong with the files of one clone
+    /// is a fault of that clone.
     ///
     /// # Errors
-    /// `Io`, `NoSpace`.
-    pub fn recover_clones(&self, clean: bool) -> Result<()> {
+    /// `Io`, `NoSpace`: of the directory of all overlays.
+    pub fn recover_clones(&self, clean: bool, keep: bool) -> Result<()> {
         let (layers, ids) = {
             let catalog = lock(&self.catalog);
             let layers: Vec<u32> = catalog.layer_ids().collect();
@@ -458,8 +477,7 @@ impl Shared {
             }
         }
         if let Some(dir) = &dir {
-            let orphans: Vec<String> = files.into_values().flatten().collect();
-            overlay::remove_files(dir.as_ref(), &orphans)?;
+            self.clear_orphans(dir.as_ref(), files, keep);
             if !clean {
                 // A predecessor may have made a file and not its name durable.
                 dir.sync()
@@ -468,13 +486,49 @@ impl Shared {
         }
         for id in ids {
             if let Some(clone) = self.insert_clone(id) {
-                self.recover_clone(&clone, clean)?;
+                self.recover_clone(&clone, clean);
             }
         }
         Ok(())
     }
 
-    fn recover_clone(&self, clone: &CloneRt, clean: bool) -> Result<()> {
+    /// Removes overlays of layers that the catalogue does not have, or sets them aside where it may be
+    /// the record of the layer that is missing. What fails costs space.
+    fn clear_orphans(&self, dir: &dyn Dir, files: BTreeMap<u32, Vec<String>>, keep: bool) {
+        let mut catalog = lock(&self.catalog);
+        // A file is made after its layer's CLONE is durable. So a number that was never given says that
+        // the record was lost, also where that looked like a torn end of the log.
+        let next = catalog.next_layer;
+        let (lost, gone): (Vec<_>, Vec<_>) = files
+            .into_iter()
+            .partition(|(layer, _)| keep || *layer >= next);
+        if let Some((newest, _)) = lost.last().filter(|_| next < LAYER_BIT - 2) {
+            // Should one keep its name, no other layer writes into it.
+            catalog.next_layer = next.max((newest + 1).min(LAYER_BIT - 2));
+        }
+        drop(catalog);
+        let names = |files: Vec<(u32, Vec<String>)>| -> Vec<String> {
+            files.into_iter().flat_map(|(_, names)| names).collect()
+        };
+        let (lost, gone) = (names(lost), names(gone));
+        if let Err(e) = overlay::remove_files(dir, &gone) {
+            tracing::warn!("overlays that nobody needs stay: {}", e.chain());
+        }
+        if lost.is_empty() {
+            return;
+        }
+        match overlay::set_aside(dir, &lost) {
+            Ok(aside) => tracing::warn!(
+                "the log has lost records: what was written to clones that it may have named is kept as {aside:?}"
+            ),
+            Err(e) => tracing::error!(
+                "the log has lost records: {lost:?} may be of clones that it named, and cannot be set aside: {}",
+                e.chain()
+            ),
+        }
+    }
+
+    fn recover_clone(&self, clone: &CloneRt, clean: bool) {
         let (stack, size, growing) = {
             let state = clone.state();
             let entry = &state.entry;
@@ -482,7 +536,16 @@ impl Shared {
         };
         let mut changed = None;
         for level in &stack.levels {
-            changed = changed.max(level.layer.overlay.ctime_ns()?);
+            match level.layer.overlay.ctime_ns() {
+                Ok(ctime) => changed = changed.max(ctime),
+                Err(e) => {
+                    // The store opens without this one.
+                    let why = format!("an overlay cannot be looked at: {}", e.chain());
+                    tracing::error!(clone = clone.id, "{why}");
+                    clone.state().broken.get_or_insert(why);
+                    changed = changed.max(Some(self.env.clock.now_ns()));
+                }
+            }
         }
         if let Some(changed) = changed {
             clone.note_change(changed);
@@ -504,6 +567,5 @@ impl Shared {
         for level in &stack.levels {
             level.layer.overlay.close_files();
         }
-        Ok(())
     }
 }

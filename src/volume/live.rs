@@ -15,6 +15,7 @@ use std::time::Instant;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::commit::{BATCH_PAYLOAD_MAX, Entry};
 use crate::log::record::{Record, RecordType};
+use crate::sys::planted::{Bug, planted, point};
 use crate::volume::facts::{VolumeInfo, VolumeState, Zeroing};
 use crate::volume::shared::{Shared, Vol, lock};
 
@@ -298,7 +299,12 @@ impl Volume {
         } else {
             needs.clone()
         };
-        let old = Old::read(vol, grains, &look)?;
+        let mut old = Old::read(vol, grains, &look)?;
+        if planted(Bug::GrainInPart) {
+            let from = (offset - old.start) as usize;
+            old.bytes[..from].fill(0);
+            old.bytes[from + len as usize..].fill(0);
+        }
 
         let differs = |grain: u64| {
             let span = vol.grain.span(grain..grain + 1);
@@ -307,9 +313,13 @@ impl Volume {
             !new.equals(new_range, old.bytes(range))
         };
         let keep_all = !may_elide;
-        let entries = self.undo(&needs, &old, &|g| keep_all || differs(g));
+        let mut entries = self.undo(&needs, &old, &|g| keep_all || differs(g));
+        if planted(Bug::DiscardUnpreserved) && matches!(new, Change::Zero) {
+            entries.clear();
+        }
         if !entries.is_empty() {
             self.shared.append(entries).map_err(Refused::Thin)?;
+            point("write preserved");
         }
         let looked = |grain: u64| may_elide && look.iter().any(|r| r.contains(&grain));
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -415,6 +425,7 @@ impl Volume {
                 Change::Zero => source.punch(run.start, len),
                 Change::Cut => Ok(()),
             };
+            point("write half done");
             // After the write: a sync that began before it must not clear this.
             vol.dirty.store(true, Ordering::Release);
             done.context(|| {
@@ -502,7 +513,11 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
         return Ok(());
     }
     let number = vol.syncs_started.fetch_add(1, Ordering::AcqRel) + 1;
-    match vol.source()?.sync_data() {
+    let synced = match planted(Bug::SourceUnsynced) {
+        true => Ok(()),
+        false => vol.source()?.sync_data(),
+    };
+    match synced {
         Ok(()) => {
             *succeeded = number;
             Ok(())
@@ -514,7 +529,8 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
                 "a sync of the source failed: {why}"
             );
             let mut state = vol.state();
-            if matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
+            let keep = !planted(Bug::SyncErrorForgotten);
+            if keep && matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
                 state.health = VolumeState::Suspect(why.clone());
             }
             drop(state);
@@ -552,6 +568,13 @@ impl Old {
                         run.start, vol.source_path
                     )
                 })?;
+        }
+        #[cfg(feature = "planted")]
+        if planted(Bug::SecondCache) {
+            static CACHE: std::sync::Mutex<std::collections::BTreeMap<(u32, u64, u64), Vec<u8>>> =
+                std::sync::Mutex::new(std::collections::BTreeMap::new());
+            let key = (vol.id, span.start, span.end);
+            bytes.clone_from(lock(&CACHE).entry(key).or_insert_with(|| bytes.clone()));
         }
         Ok(Old {
             grains,

@@ -26,8 +26,11 @@ mod clones;
 mod diffs;
 mod engine;
 mod facts;
+#[doc(hidden)]
+pub mod fuzzing;
 mod layers;
 mod live;
+mod marks;
 mod overlay;
 mod range_lock;
 mod read;

@@ -23,6 +23,8 @@ use crate::volume::shared::lock;
 pub const PIECE_BYTES: u64 = 8 << 40;
 const DIR_NAME: &str = "clones";
 const SUFFIX: &str = ".data";
+/// Behind the name of a file that was set aside, with a number.
+const ASIDE: &str = ".lost-";
 
 /// The directory of all overlays; made when the first is.
 pub struct Home {
@@ -84,6 +86,9 @@ pub fn files(dir: &dyn Dir) -> Result<BTreeMap<u32, Vec<String>>> {
     for name in dir.list().context(|| "cannot list the overlays")? {
         match parse(&name) {
             Some((layer, _)) => files.entry(layer).or_default().push(name),
+            None if name.contains(ASIDE) => tracing::warn!(
+                "{name:?} was written to a clone of which the log says nothing any more; it may be removed"
+            ),
             None => tracing::warn!("a foreign file {name:?} among the overlays"),
         }
     }
@@ -95,6 +100,9 @@ struct Dirty {
     pieces: BTreeSet<u64>,
     names: bool,
 }
+
+#[cfg(test)]
+type Counted = Box<dyn FnOnce(&Overlay) + Send>;
 
 /// See the head of the file.
 pub struct Overlay {
@@ -113,6 +121,9 @@ pub struct Overlay {
     syncs_started: AtomicU64,
     /// Why a sync failed, if one did. Not held over I/O.
     failed: Mutex<Option<String>>,
+    /// Called by a sync that has been counted and has not taken yet what it is to make durable.
+    #[cfg(test)]
+    counted: Mutex<Option<Counted>>,
 }
 
 impl Overlay {
@@ -135,6 +146,8 @@ impl Overlay {
             synced: Mutex::new(0),
             syncs_started: AtomicU64::new(0),
             failed: Mutex::default(),
+            #[cfg(test)]
+            counted: Mutex::default(),
         }
     }
 
@@ -309,7 +322,11 @@ impl Overlay {
     /// # Errors
     /// `Failed`, from the first failure on.
     pub fn sync(&self) -> Result<()> {
-        let started = self.syncs_started.load(Ordering::Acquire);
+        self.sync_for(self.syncs_started.load(Ordering::Acquire))
+    }
+
+    /// For one who asked when so many syncs had begun.
+    fn sync_for(&self, started: u64) -> Result<()> {
         let mut synced = lock(&self.synced);
         self.check()?;
         if *synced > started {
@@ -318,6 +335,10 @@ impl Overlay {
         // Counted before it is taken what is to be synced: who still saw the old count has made its
         // files dirty before, so they are among them.
         let number = self.syncs_started.fetch_add(1, Ordering::AcqRel) + 1;
+        #[cfg(test)]
+        if let Some(counted) = lock(&self.counted).take() {
+            counted(self);
+        }
         let dirty = std::mem::take(&mut *lock(&self.dirty));
         if dirty.pieces.is_empty() && !dirty.names {
             *synced = number;
@@ -448,6 +469,31 @@ impl Overlay {
     }
 }
 
+/// Gives overlay files that nobody knows names that are no overlay's, durably, so that they are there
+/// for a look however often the store is opened. Returns what they are called now.
+///
+/// # Errors
+/// `Io`, `NoSpace`: some may have kept their names.
+pub fn set_aside(dir: &dyn Dir, names: &[String]) -> Result<Vec<String>> {
+    let there: BTreeSet<String> = dir
+        .list()
+        .context(|| "cannot list the overlays")?
+        .into_iter()
+        .collect();
+    let mut aside = Vec::new();
+    for name in names {
+        let called = |n: u64| format!("{name}{ASIDE}{n}");
+        let free = (1..).map(called).find(|name| !there.contains(name));
+        let free = free.expect("a directory holds fewer names than there are numbers");
+        dir.rename(name, &free)
+            .context(|| format!("cannot rename the overlay {name}"))?;
+        aside.push(free);
+    }
+    dir.sync()
+        .context(|| "cannot sync the overlays' directory")?;
+    Ok(aside)
+}
+
 /// Removes overlay files, durably.
 ///
 /// # Errors
@@ -545,6 +591,31 @@ mod tests {
         assert_eq!(o.zero(0..1).unwrap_err().kind(), Kind::Failed);
     }
 
+    /// Who wrote after a sync had begun, and asks while it runs, is not answered by it alone.
+    #[test]
+    fn a_sync_that_has_begun_does_not_serve_who_wrote_since() {
+        let world = SimWorld::new(1);
+        for first_is_dirty in [true, false] {
+            let o = Arc::new(overlay(&world));
+            if first_is_dirty {
+                o.write(0, &[1; 4096]).unwrap();
+            }
+            let asked = Arc::new(AtomicU64::new(0));
+            let tell = Arc::clone(&asked);
+            *lock(&o.counted) = Some(Box::new(move |o| {
+                o.write(5 * PIECE, &[2; 4096]).unwrap();
+                tell.store(o.syncs_started.load(Ordering::Acquire), Ordering::Release);
+            }));
+            o.sync().unwrap();
+            o.sync_for(asked.load(Ordering::Acquire)).unwrap();
+            world.power_cut();
+            let mut back = [0; 4096];
+            overlay(&world).read(5 * PIECE, &mut back).unwrap();
+            assert!(back == [2; 4096], "{first_is_dirty}");
+            overlay(&world).remove().unwrap();
+        }
+    }
+
     #[test]
     fn zeros_behind_the_end_cut_off_no_other_write() {
         let world = SimWorld::new(1);
@@ -564,6 +635,26 @@ mod tests {
             o.read(at + 8192, &mut back).unwrap();
             assert!(back == [7; 4096], "piece {piece}");
         }
+    }
+
+    /// Golden: what lies where in a layer's files. There is nothing in them but content, at its offset.
+    #[test]
+    fn golden_files() {
+        let world = SimWorld::new(1);
+        let home = Arc::new(Home::new(world.dir("store")));
+        let o = Overlay::new(home, 12, &[]);
+        assert_eq!(PIECE_BYTES, 8_796_093_022_208);
+        o.write(4096, &[1; 4096]).unwrap();
+        o.write(3 * PIECE_BYTES - 4096, &[2; 8192]).unwrap();
+        let mut names = world.dir("store/clones").list().unwrap();
+        names.sort();
+        assert_eq!(names, ["000012.2.data", "000012.3.data", "000012.data"]);
+        let first = world.peek("store/clones/000012.data").unwrap();
+        assert!(first.len() == 8192 && first[..4096] == [0; 4096] && first[4096..] == [1; 4096]);
+        assert!(world.peek("store/clones/000012.3.data").unwrap() == [2; 4096]);
+        let disk = world.disk("store/clones/000012.2.data").unwrap();
+        assert_eq!(disk.size().unwrap(), PIECE_BYTES);
+        assert_eq!(disk.next_data(0).unwrap(), Some(PIECE_BYTES - 4096));
     }
 
     #[test]

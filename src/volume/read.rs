@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::map::{Run, RunKind};
+use crate::sys::planted::{Bug, planted};
 use crate::units::Epoch;
 use crate::volume::facts::SnapshotInfo;
 use crate::volume::shared::{Point, Shared, Vol};
@@ -85,7 +86,8 @@ impl Snapshot {
         self.check()?;
         let published = self.shared.map.publish_count(self.vol.id());
         let clean = self.fill(offset..end, offset, buf)?;
-        if !clean.is_empty() && self.shared.map.publish_count(self.vol.id()) != published {
+        let again = self.shared.map.publish_count(self.vol.id()) != published;
+        if !clean.is_empty() && again && !planted(Bug::ReaderTrusts) {
             for range in clean {
                 self.refill(range, offset, buf)?;
             }
@@ -177,6 +179,9 @@ impl Snapshot {
         let place = place.advance(skipped * self.vol.grain.blocks());
         let sums = &sums[skipped as usize..];
         let verify = |bytes: &[u8]| {
+            if planted(Bug::SumsIgnored) {
+                return Ok(());
+            }
             for (i, content) in bytes.chunks(grain as usize).enumerate() {
                 if self.shared.log.keys().payload(content) != sums[i] {
                     return Err(self.rot(grains.start + i as u64));

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Kind, Result};
 use crate::map::Applied;
+use crate::sys::planted::point;
 use crate::units::{Epoch, Place};
 use crate::volume::shared::{Shared, Vol, lock};
 
@@ -101,7 +102,7 @@ pub fn checkpoint(shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-fn reclaim(shared: &Shared, vol: &Vol) -> Result<()> {
+pub(in crate::volume) fn reclaim(shared: &Shared, vol: &Vol) -> Result<()> {
     // Of one moment: a snapshot that becomes a bookmark must be seen as one of them.
     let (live, bookmark, before) = {
         let state = vol.state();
@@ -137,6 +138,7 @@ fn punch(shared: &Shared, freed: &mut Vec<(Place, u64)>) -> Result<()> {
             tracing::warn!("{}", e.chain());
         }
     }
+    point("space freed");
     Ok(())
 }
 

@@ -20,18 +20,20 @@ use crate::log::superblock::{Superblock, SuperblockFile};
 use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{BLOCK, Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
 use crate::volume::layers::Clones;
 use crate::volume::live::Volume;
+use crate::volume::marks::{Failure, apply_marks};
 use crate::volume::overlay::Home;
 use crate::volume::reclaim;
 use crate::volume::shared::{
     Point, Shared, Vol, VolState, compare, lock, to_publish, unreadable_layer,
 };
-use crate::volume::space::{Waiting, apply_marks, has_room_for_map, make_room_for_map};
+use crate::volume::space::{Waiting, has_room_for_map, make_room_for_map};
 use crate::volume::thin::Thin;
 
 const LOG_DIR: &str = "log";
@@ -84,7 +86,9 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         .dir
         .subdir(LOG_DIR, true)
         .context(|| "cannot open the store's log directory")?;
-    sync_log(dir.as_ref())?;
+    if !planted(Bug::PredecessorUnsynced) {
+        sync_log(dir.as_ref())?;
+    }
 
     let mut replay = recover_log(&env, &settings, dir.as_ref(), &keys, facts.store)?;
     for number in replay.scanned.abandoned.drain(..) {
@@ -93,6 +97,7 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
     }
     dir.sync().context(|| "cannot sync the log directory")?;
     cut_closed(dir.as_ref(), &replay.scanned)?;
+    point("log recovered");
 
     let config = LogConfig {
         dir,
@@ -168,7 +173,8 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         }
         done => drop(done?),
     }
-    shared.recover_clones(clean)?;
+    let settled = clean && !replay.catalog.unsettled;
+    shared.recover_clones(settled, !replay.lost.is_empty())?;
     note_losses(&shared, &replay.lost)?;
     if let Err(e) = shared.adopt_marks() {
         tracing::warn!("marks of failure stay in the superblock: {}", e.chain());
@@ -552,7 +558,7 @@ fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
         let disk = dir
             .open(&segment::file_name(number), Open::Write)
             .context(context)?;
-        if disk.size().context(context)? > end {
+        if disk.size().context(context)? > end && !planted(Bug::TailKept) {
             match disk.set_size(end) {
                 // Where even that needs space, what is behind the end stays; in the last segment a
                 // torn batch may begin there, which must not be found again.
@@ -629,7 +635,11 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
             // What a killed predecessor left in the page cache is made durable, and what a failed sync
             // left there is forgotten, so that what is read is what the medium has.
             let forget = || if clean { Ok(()) } else { source.drop_cache() };
-            if let Err(e) = source.sync_data().and_then(|()| forget()) {
+            let settle = || match planted(Bug::PredecessorUnsynced) {
+                true => Ok(()),
+                false => source.sync_data(),
+            };
+            if let Err(e) = settle().and_then(|()| forget()) {
                 tracing::error!("volume {}: cannot sync the source: {e}", entry.name);
                 if matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
                     state.health = VolumeState::Suspect(e.to_string());
@@ -682,31 +692,41 @@ fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: boo
     }
 }
 
-/// Lost records may have said anything: every snapshot and bookmark that existed then fails.
+/// Lost records may have said anything: every snapshot, bookmark and clone that existed then fails. If
+/// neither the log nor the superblock has room to say so, the store does not open until there is some:
+/// served without it, the next checkpoint of the map would pass over the loss.
 fn note_losses(shared: &Shared, lost: &[Lost]) -> Result<()> {
+    let mut failures = Vec::new();
     for loss in lost {
         let why = format!(
             "log batches {} to {} are damaged",
             loss.first.0, loss.last.0
         );
         for &(volume, first, last) in &loss.snapshots {
-            if let Some(vol) = shared.vol(volume) {
-                shared.fail_snapshots(&vol, first, last, &why)?;
+            if shared.vol(volume).is_some() {
+                let why = why.clone();
+                failures.push(Failure {
+                    volume,
+                    first,
+                    last,
+                    why,
+                });
             }
         }
         for &clone in &loss.clones {
             if lock(&shared.catalog).clones.contains_key(&clone) {
-                shared.fail_clone(clone, &why)?;
+                failures.push(Failure::of_clone(clone, &why));
             }
         }
     }
-    Ok(())
+    shared.fail_all(&failures)
 }
 
 /// Clean stop; see [`crate::volume::Engine::close`].
 ///
 /// # Errors
-/// The first error; the store is then unclean, nothing is lost.
+/// The first error; the store is then unclean, nothing is lost. Only the sync of a clone may fail and
+/// leave it clean.
 pub fn close(shared: &Shared) -> Result<()> {
     let _structure = lock(&shared.structure);
     if shared.closed.load(Ordering::Acquire) {
@@ -727,8 +747,12 @@ pub fn close(shared: &Shared) -> Result<()> {
     // Before the catalogue: whatever follows it makes the store unclean.
     shared.complete_epochs();
     shared.refine()?;
-    shared.flush_clones()?;
-    let catalog = shared.current_catalog(true).encode();
+    let (settled, flushed) = shared.flush_clones();
+    let catalog = Catalog {
+        unsettled: !settled,
+        ..shared.current_catalog(true)
+    };
+    let catalog = catalog.encode();
     let entry = || {
         shared
             .log
@@ -742,5 +766,6 @@ pub fn close(shared: &Shared) -> Result<()> {
     }
     shared.log.seal(shared)?;
     reclaim::checkpoint(shared)?;
-    mark_open(shared, false)
+    mark_open(shared, false)?;
+    flushed
 }

@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::disk::Identity;
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{Name, VOLUME_SIZE_MAX};
 use crate::volume::catalog::{VolumeEntry, is_device, resize_record, resized_record};
 use crate::volume::engine::Engine;
@@ -118,13 +119,13 @@ impl Volume {
         let vol = &*self.vol;
         self.check_device(to)?;
         let from = vol.size();
-        if to < from {
+        if to < from && !planted(Bug::ShrinkUnpreserved) {
             self.preserve_end(to..from, true)?;
         }
         let _gate = vol.gate.write().unwrap_or_else(PoisonError::into_inner);
         let _reads = vol.reads.write().unwrap_or_else(PoisonError::into_inner);
         self.shared.check_open()?;
-        if to < from {
+        if to < from && !planted(Bug::ShrinkUnpreserved) {
             self.preserve_end(to..from, false)?;
         }
         let intent = vec![resize_record(vol.id, from, to)];
@@ -132,6 +133,7 @@ impl Volume {
             self.refused_intent(&e, "a resize");
             return Err(e);
         }
+        point("resize meant");
         self.conclude(from, to)
     }
 
@@ -208,6 +210,7 @@ impl Volume {
     fn conclude(&self, from: u64, to: u64) -> Result<()> {
         let vol = &*self.vol;
         let resized = |to| {
+            point("resize done");
             let source = self.identity()?.size;
             let record = resized_record(vol.id, from, to, source);
             self.shared.append_records(vec![record]).map(drop)

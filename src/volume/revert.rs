@@ -19,6 +19,7 @@ use std::sync::{Arc, PoisonError};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::commit::BATCH_RECORDS_MAX;
 use crate::map::GrainSet;
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{Epoch, Name};
 use crate::volume::catalog::{
     Reverting, SnapEntry, VolumeEntry, revert_begin_record, revert_end_record,
@@ -174,6 +175,7 @@ impl Volume {
             self.refused_intent(&e, "a revert");
             return Ok((undo, Err(e)));
         }
+        point("revert begun");
         let done = self.run_or_go_back(reverting, progress);
         Ok((undo, done))
     }
@@ -332,7 +334,10 @@ impl Volume {
             }
         }
         written += self.apply(&target, &group)?;
-        flush(vol)?;
+        if !planted(Bug::RevertUnsynced) {
+            flush(vol)?;
+        }
+        point("revert flushed");
         self.end(reverting)?;
         progress(total, total);
         Ok(written)
@@ -407,6 +412,7 @@ impl Volume {
             }
             let runs = part.data.iter().chain(&part.zero);
             written += runs.map(|r| r.end - r.start).sum::<u64>();
+            point("revert overwrites");
             self.put(part.start, Change::Bytes(&part.new), &part.data)?;
             self.put(part.start, Change::Zero, &part.zero)?;
         }

@@ -366,7 +366,7 @@ impl Shared {
     /// The catalogue with the run-time state of every volume folded in.
     pub fn current_catalog(&self, clean: bool) -> Catalog {
         let mut catalog = lock(&self.catalog).clone();
-        catalog.clean = clean;
+        (catalog.clean, catalog.unsettled) = (clean, false);
         let volumes = self.volumes.read().unwrap_or_else(PoisonError::into_inner);
         for (id, entry) in &mut catalog.volumes {
             let Some(vol) = volumes.get(id) else { continue };

@@ -12,6 +12,7 @@ use std::sync::{Arc, PoisonError};
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::record::{Record, RecordType};
+use crate::sys::planted::{Bug, planted, point};
 use crate::units::{Epoch, Name, Uuid};
 use crate::volume::bookmarks;
 use crate::volume::catalog::{
@@ -229,13 +230,18 @@ fn open_epoch(
 
 fn make_durable(shared: &Shared, taking: &[Taking]) -> Result<()> {
     for t in taking {
-        flush(&t.vol)?;
+        if !planted(Bug::SnapUnflushed) {
+            flush(&t.vol)?;
+        }
     }
+    point("snapshot flushed");
     let records: Vec<Record> = taking
         .iter()
         .map(|t| snap_record(t.vol.id, t.epoch, &t.entry))
         .collect();
-    shared.append_records(records).map(drop)
+    shared.append_records(records)?;
+    point("snapshot durable");
+    Ok(())
 }
 
 /// The SNAPs are durable: the points are snapshots.
@@ -353,7 +359,14 @@ pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name, keep: bool) -> R
         true => bookmark_record(vol.id, epoch, &bookmarks::kept(volume, &snap)?),
         false => Record::plain(RecordType::Delete, vol.id, epoch, Vec::new()),
     };
+    if planted(Bug::FreedBeforeDelete) && !keep {
+        release_point(shared, &vol, epoch, unique);
+        crate::volume::reclaim::reclaim(shared, &vol)?;
+        shared.append_records(vec![record])?;
+        return Ok(());
+    }
     shared.append_records(vec![record])?;
+    point("deletion durable");
     if keep {
         // Before the point goes: whoever gathers what is needed sees one, the other, or both.
         vol.state().bookmarks.insert(epoch);

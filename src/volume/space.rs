@@ -15,17 +15,12 @@ use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, IoContext, Kind, Result};
-use crate::log::superblock::{InvalidMark, MARKS_MAX, Reason};
 use crate::sys::disk::Open;
-use crate::volume::catalog::invalidate_record;
-use crate::volume::clone_records::LAYER_BIT;
-use crate::volume::facts::{Environment, OnFull, SnapshotState};
+use crate::volume::facts::{Environment, OnFull};
+use crate::volume::marks::FULL;
 use crate::volume::shared::{Shared, Vol, lock};
 
 const BALLAST: &str = "ballast";
-/// Why snapshots failed, where a mark in the superblock says it.
-const FULL: &str = "the thin target was full";
-const LOST: &str = "a part of the log was lost";
 /// The ballast is made only while this many times its size is free.
 const BALLAST_MARGIN: u64 = 4;
 /// How often a waiting writer looks again, whoever wakes it.
@@ -167,66 +162,13 @@ impl Shared {
         }
     }
 
-    /// Marks the snapshots and bookmarks with epochs in `first..=last` failed; durable when it returns, before the
-    /// caller overwrites anything they need. The caller holds `structure`.
-    ///
-    /// # Errors
-    /// If neither the log nor the superblock takes the mark: then nothing has changed.
-    pub fn fail_snapshots(&self, vol: &Vol, first: u64, last: u64, why: &str) -> Result<()> {
-        self.mark_failed(vol.id, first, last, why)?;
-        self.drop_failed_points(vol, first..=last, why);
-        Ok(())
-    }
-
-    /// Puts a mark of failure where it is durable, and into the catalogue. `volume` may stand for a
-    /// clone, see `LAYER_BIT`.
-    pub(in crate::volume) fn mark_failed(
-        &self,
-        volume: u32,
-        first: u64,
-        last: u64,
-        why: &str,
-    ) -> Result<()> {
-        let record = invalidate_record(volume, first, last, why);
-        if let Err(e) = self.append_records(vec![record.clone()]) {
-            tracing::error!("the log does not take a mark of failure: {}", e.chain());
-            self.mark_in_superblock(InvalidMark {
-                volume,
-                first,
-                last,
-                reason: match why {
-                    FULL => Reason::Full,
-                    _ => Reason::Lost,
-                },
-            })?;
-            lock(&self.catalog).apply(&record)?;
-        }
-        Ok(())
-    }
-
-    fn mark_in_superblock(&self, mark: InvalidMark) -> Result<()> {
-        let mut superblock = lock(&self.superblock);
-        let mut next = superblock.current().clone();
-        match next.invalid.iter_mut().find(|m| m.volume == mark.volume) {
-            // With little room left, one mark a volume covers what lies between, too.
-            Some(known) if next_is_full(superblock.current().invalid.len()) => {
-                known.first = known.first.min(mark.first);
-                known.last = known.last.max(mark.last);
-                if known.reason != mark.reason {
-                    known.reason = Reason::Lost;
-                }
-            }
-            _ if next_is_full(superblock.current().invalid.len()) => {
-                let why = "the superblock has no room for another mark of failure";
-                return Err(Error::new(Kind::NoSpace, why));
-            }
-            _ => next.invalid.push(mark),
-        }
-        superblock.update(next)
-    }
-
     /// The points that failed need nothing any more; readers and listings are told.
-    fn drop_failed_points(&self, vol: &Vol, failed: std::ops::RangeInclusive<u64>, why: &str) {
+    pub(in crate::volume) fn drop_failed_points(
+        &self,
+        vol: &Vol,
+        failed: std::ops::RangeInclusive<u64>,
+        why: &str,
+    ) {
         let mut inos = Vec::new();
         {
             let catalog = lock(&self.catalog);
@@ -267,23 +209,6 @@ impl Shared {
             inos.into_iter().for_each(watch);
         }
     }
-
-    /// Moves marks of failure from the superblock into the log, where they count like any record.
-    ///
-    /// # Errors
-    /// As an append; the marks stay where they are.
-    pub fn adopt_marks(&self) -> Result<()> {
-        let marks = lock(&self.superblock).current().invalid.clone();
-        if marks.is_empty() {
-            return Ok(());
-        }
-        let record = |m: &InvalidMark| invalidate_record(m.volume, m.first, m.last, text(m));
-        self.append_records(marks.iter().map(record).collect())?;
-        let mut superblock = lock(&self.superblock);
-        let mut next = superblock.current().clone();
-        next.invalid.retain(|mark| !marks.contains(mark));
-        superblock.update(next)
-    }
 }
 
 /// Whether the map can write what it has pending.
@@ -307,17 +232,6 @@ pub fn make_room_for_map(env: &Environment) {
     {
         tracing::warn!("the store's disk is full: its ballast is given up");
     }
-}
-
-fn text(mark: &InvalidMark) -> &'static str {
-    match mark.reason {
-        Reason::Full => FULL,
-        Reason::Lost => LOST,
-    }
-}
-
-fn next_is_full(marks: usize) -> bool {
-    marks + 1 >= MARKS_MAX
 }
 
 /// Writes the ballast, if it is not there: bytes that no filesystem can compress away.
@@ -358,34 +272,6 @@ fn make_ballast(shared: &Shared, bytes: u64) -> Result<()> {
     written.context(context)
 }
 
-/// What recovery does about marks of failure: they count before anything is served.
-pub fn apply_marks(shared: &Shared) {
-    let marks = lock(&shared.superblock).current().invalid.clone();
-    for mark in marks {
-        let mut catalog = lock(&shared.catalog);
-        if mark.volume & LAYER_BIT != 0 {
-            catalog.fail_clone(mark.volume & !LAYER_BIT, text(&mark));
-        } else if let Some(entry) = catalog.volumes.get_mut(&mark.volume)
-            && mark.first <= mark.last
-        {
-            for snap in entry.points_mut(mark.first..=mark.last) {
-                if snap.state == SnapshotState::Active {
-                    snap.state = SnapshotState::Failed(text(&mark).into());
-                }
-            }
-            for (_, bookmark) in entry.bookmarks.range_mut(mark.first..=mark.last) {
-                if bookmark.state == SnapshotState::Active {
-                    bookmark.state = SnapshotState::Failed(text(&mark).into());
-                }
-            }
-        }
-        drop(catalog);
-        if let Some(vol) = shared.vol(mark.volume) {
-            shared.drop_failed_points(&vol, mark.first..=mark.last, text(&mark));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -397,7 +283,7 @@ mod tests {
     use crate::units::Name;
     use crate::volume::catalog::{Reverting, revert_begin_record};
     use crate::volume::engine::Engine;
-    use crate::volume::facts::{Settings, Sources, VolumeOptions};
+    use crate::volume::facts::{Settings, SnapshotState, Sources, VolumeOptions};
 
     struct Sim(SimWorld);
 

@@ -525,8 +525,27 @@ impl Model {
     }
 }
 
-/// Load for `length`; then the daemon is killed, or the load is stopped.
-fn load(model: &mut Model, rig: &mut Rig, chance: &mut Chance, length: Duration, kill: bool) {
+/// How load ends.
+#[derive(Clone, Copy)]
+enum End<'a> {
+    Stop,
+    Kill,
+    /// Killed at a named place, if it comes by in time.
+    At(&'a str),
+}
+
+/// How long a place is waited for.
+const PLACE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Load for `length`; then the daemon is killed, or the load is stopped. Whether a named place was reached.
+fn load(
+    model: &mut Model,
+    rig: &mut Rig,
+    chance: &mut Chance,
+    length: Duration,
+    end: End<'_>,
+) -> bool {
+    let mut reached = false;
     let (over, dying) = (AtomicBool::new(false), AtomicBool::new(false));
     let boards = Arc::clone(&model.boards);
     let pid = rig.pid();
@@ -555,22 +574,59 @@ fn load(model: &mut Model, rig: &mut Rig, chance: &mut Chance, length: Duration,
             model.work_with_snapshots(load, chance);
             model
         });
-        std::thread::sleep(length);
-        match kill {
-            true => {
+        match end {
+            End::Stop => {
+                std::thread::sleep(length);
+                over.store(true, Ordering::SeqCst);
+            }
+            End::Kill => {
+                std::thread::sleep(length);
                 dying.store(true, Ordering::SeqCst);
                 signal(pid, "KILL");
             }
-            false => over.store(true, Ordering::SeqCst),
+            End::At(place) => {
+                dying.store(true, Ordering::SeqCst);
+                // Whole at once: the daemon looks at any moment.
+                let (draft, there) = (load.rig.at("kill-at.new"), load.rig.kill_at());
+                fs::write(&draft, place).unwrap();
+                fs::rename(&draft, &there).unwrap();
+                let latest = Instant::now() + PLACE_PATIENCE;
+                while !rig::ended(pid) && Instant::now() < latest {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                reached = rig::ended(pid);
+                if !reached {
+                    signal(pid, "KILL");
+                }
+                fs::remove_file(there).unwrap();
+            }
         }
         let model = keeper.join().expect("its panic is above");
         model.shape = shaper.join().expect("its panic is above");
     });
-    if kill {
+    if !matches!(end, End::Stop) {
         rig.kill();
         let stale = fs::metadata(rig.mnt()).unwrap_err();
         assert_eq!(stale.kind(), ErrorKind::NotConnected, "{stale}");
     }
+    reached
+}
+
+/// A named place for the daemon to die at, now and then, if this build has them.
+#[cfg(feature = "planted")]
+fn some_place(chance: &mut Chance) -> Option<(&'static str, u64)> {
+    use stillframe::sys::planted::POINTS;
+    if chance.below(2) == 0 {
+        return None;
+    }
+    let place = POINTS[chance.below(POINTS.len() as u64) as usize];
+    let often = place.starts_with("batch") || place.starts_with("write");
+    Some((place, 1 + chance.below(if often { 200 } else { 3 })))
+}
+
+#[cfg(not(feature = "planted"))]
+fn some_place(_: &mut Chance) -> Option<(&'static str, u64)> {
+    None
 }
 
 /// A daemon that dies while it starts: in the middle of recovery, or just after.
@@ -645,7 +701,7 @@ fn nothing_acknowledged_is_lost_when_the_daemon_is_killed() {
                 &mut rig,
                 &mut chance,
                 Duration::from_millis(50),
-                false,
+                End::Stop,
             );
             model.verify(&rig, &mut chance);
             rig.umount();
@@ -660,8 +716,18 @@ fn nothing_acknowledged_is_lost_when_the_daemon_is_killed() {
             // Long enough for reclaim and checkpoints, which come once a second.
             pause += Duration::from_millis(1200);
         }
-        load(&mut model, &mut rig, &mut chance, pause, true);
-        model.count("killed under load");
+        match some_place(&mut chance) {
+            Some((place, nth)) => {
+                let at = End::At(&format!("{place}:{nth}"));
+                if load(&mut model, &mut rig, &mut chance, pause, at) {
+                    model.count(place);
+                }
+            }
+            None => {
+                load(&mut model, &mut rig, &mut chance, pause, End::Kill);
+                model.count("killed under load");
+            }
+        }
         if chance.below(8) == 0 {
             kill_while_starting(&rig, Duration::from_micros(chance.below(60_000)));
             model.count("killed while starting");

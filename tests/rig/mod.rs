@@ -175,6 +175,11 @@ impl Rig {
         self.top.path().canonicalize().unwrap().join(name)
     }
 
+    /// Where a test says at which named place the daemon is to die.
+    pub fn kill_at(&self) -> PathBuf {
+        self.at("kill-at")
+    }
+
     pub fn mnt(&self) -> PathBuf {
         self.at("mnt")
     }
@@ -211,6 +216,8 @@ impl Rig {
         ] {
             command.env_remove(name);
         }
+        // Only a build with the feature `planted` looks at it.
+        command.env("STILLFRAME_KILL_AT", self.kill_at());
         command.stdin(Stdio::null()).args(args);
         command.arg("--store").arg(self.store());
         command
@@ -346,7 +353,7 @@ impl Drop for Running {
 /// A loop device over a file, perhaps with a filesystem mounted from it.
 pub struct Attached {
     pub device: String,
-    mounted: Option<PathBuf>,
+    pub mounted: Option<PathBuf>,
 }
 
 impl Attached {
@@ -363,11 +370,16 @@ impl Attached {
         self.mounted = Some(at.to_owned());
     }
 
-    /// Unmounts and detaches, and fails if that fails.
-    pub fn detach(mut self) {
+    /// Unmounts what is mounted of it.
+    pub fn unmount(&mut self) {
         if let Some(at) = self.mounted.take() {
             must("umount", &[at.to_str().unwrap()]);
         }
+    }
+
+    /// Unmounts and detaches, and fails if that fails.
+    pub fn detach(mut self) {
+        self.unmount();
         must("losetup", &["--detach", &self.device]);
         self.device.clear();
     }

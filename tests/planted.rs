@@ -1,0 +1,151 @@
+//! Whether the tests find what they are there to find.
+//!
+//! Goal: every fault of `stillframe::sys::planted` (the hazards H1 to H17 of docs/testing.md and some of
+//! our own) makes a test fail that passes without it.
+//!
+//! Method: the test programs are built with the feature `planted` and run with one fault at a time, and once
+//! with none, to see that it is the fault which is found. `cargo test --features planted --test planted`.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use stillframe::sys::planted::{ALL, Bug};
+
+/// A test program, the tests of it to run, and its settings.
+struct Finder {
+    program: &'static str,
+    tests: &'static str,
+    settings: &'static [(&'static str, &'static str)],
+}
+
+const fn finder(program: &'static str, tests: &'static str) -> Finder {
+    Finder {
+        program,
+        tests,
+        settings: &[],
+    }
+}
+
+/// 3,000 operations, among them some 40 deaths.
+const MODEL: Finder = Finder {
+    program: "model",
+    tests: "",
+    settings: &[("STILLFRAME_MODEL_OPS", "3000")],
+};
+
+/// What finds a fault.
+fn finder_of(bug: Bug) -> Finder {
+    match bug {
+        Bug::UndoUnsynced
+        | Bug::IndexUnsynced
+        | Bug::NameUnsynced
+        | Bug::TailKept
+        | Bug::GrainInPart
+        | Bug::DiscardUnpreserved
+        | Bug::SnapUnflushed
+        | Bug::PredecessorUnsynced
+        | Bug::FreedBeforeDelete
+        | Bug::SecondCache
+        | Bug::SourceUnsynced
+        | Bug::RevertUnsynced
+        | Bug::LayerShared
+        | Bug::SweptEarly
+        | Bug::BitmapShort
+        | Bug::ShrinkUnpreserved
+        | Bug::OverlayUnsynced => MODEL,
+        Bug::SumsIgnored => finder(
+            "stillframe",
+            "tree::tests::faults::preserved_bytes_that_rot",
+        ),
+        Bug::SyncRetried => finder("stillframe", "log::tests::after_a_failed_sync"),
+        Bug::SyncErrorForgotten => finder("stillframe", "tree::tests::faults::after_a_failed_sync"),
+        Bug::AllocatedOnly => finder("bookmarks", "on_a_full_disk_a_bookmark_is_never_wrong"),
+        Bug::ReaderTrusts => finder(
+            "revert",
+            "what_is_cut_off_under_a_reader_is_read_from_the_log",
+        ),
+        Bug::NoIoFlusher => finder("cli", "the_daemon_s_threads_are_io_flushers"),
+        Bug::IntentLost => finder("bookmarks", "a_diff_misses_nothing_and_is_exact"),
+        Bug::FailureUnmarked => finder(
+            "stillframe",
+            "tree::tests::faults::a_snapshot_that_could_not",
+        ),
+        Bug::DurableEarly => finder(
+            "stillframe",
+            "tree::tests::faults::a_write_that_finds_no_space",
+        ),
+    }
+}
+
+/// The test programs of this build by name.
+fn programs() -> BTreeMap<String, PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build.args(["test", "--features", "planted", "--no-run", "--lib"]);
+    for name in ["model", "bookmarks", "revert", "cli"] {
+        build.args(["--test", name]);
+    }
+    build.arg("--message-format=json").stderr(Stdio::inherit());
+    let out = build
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "the tests do not build");
+    let lines = String::from_utf8(out.stdout).unwrap();
+    let found = lines.lines().filter_map(|line| {
+        let said: serde_json::Value = serde_json::from_str(line).ok()?;
+        let executable = said["executable"].as_str()?;
+        let is_test = said["profile"]["test"].as_bool()?;
+        let name = said["target"]["name"].as_str()?;
+        is_test.then(|| (name.to_owned(), PathBuf::from(executable)))
+    });
+    found.collect()
+}
+
+/// Runs a finder; the tests that failed, or `None` if all passed.
+fn run(programs: &BTreeMap<String, PathBuf>, finder: &Finder, bug: Option<Bug>) -> Option<String> {
+    let mut command = Command::new(&programs[finder.program]);
+    command.arg(finder.tests).stdin(Stdio::null());
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.envs(finder.settings.iter().copied());
+    match bug {
+        Some(bug) => command.env("STILLFRAME_PLANTED", format!("{bug:?}")),
+        None => command.env_remove("STILLFRAME_PLANTED"),
+    };
+    let out = command.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        !said.contains("\nrunning 0 tests"),
+        "{}: no test '{}'",
+        finder.program,
+        finder.tests
+    );
+    let failed: Vec<&str> = said
+        .lines()
+        .filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"))
+        .collect();
+    // Anything else than a test that failed is not a finding.
+    assert_eq!(out.status.success(), failed.is_empty(), "{said}");
+    (!failed.is_empty()).then(|| failed.join(", "))
+}
+
+#[test]
+fn every_planted_fault_is_found() {
+    let programs = programs();
+    let mut sound = BTreeMap::new();
+    let mut missed = Vec::new();
+    for bug in ALL {
+        let finder = finder_of(bug);
+        let without = sound.entry((finder.program, finder.tests));
+        let without = without.or_insert_with(|| run(&programs, &finder, None));
+        assert_eq!(*without, None, "{} fails without any fault", finder.program);
+        match run(&programs, &finder, Some(bug)) {
+            Some(failed) => println!("{bug:?}: found by {}: {failed}", finder.program),
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "not found: {missed:?}");
+}
