@@ -202,13 +202,11 @@ impl Load<'_> {
             Ok(value) => Ok(value),
             Err(e) => {
                 assert!(self.dying.load(Ordering::SeqCst), "{what}: {e}");
-                // What the kernel says of a mount whose daemon is gone, and, with EIO, of a request that
-                // it was handing to the daemon when that died; nothing else is excused.
-                let of_death = e.raw_os_error() == Some(libc::EIO)
-                    || matches!(
-                        e.kind(),
-                        ErrorKind::NotConnected | ErrorKind::ConnectionAborted
-                    );
+                // What the kernel says of a mount whose daemon is gone; nothing else is excused.
+                let of_death = matches!(
+                    e.kind(),
+                    ErrorKind::NotConnected | ErrorKind::ConnectionAborted
+                );
                 assert!(of_death, "{what}, while the daemon died: {e}");
                 Err(Cut::Killed)
             }
