@@ -42,6 +42,8 @@ const WHOLE: usize = 12 * MIB;
 /// A group: 4 MiB or 1024 runs.
 const GROUP: usize = 4 * MIB;
 const GROUPS: u64 = 6;
+/// Bytes of one content at the snapshot; as many zeros are punched, fewer are written.
+const RUN: usize = 64 << 10;
 
 fn n(name: &str) -> Name {
     Name::new(name).unwrap()
@@ -52,6 +54,8 @@ fn n(name: &str) -> Name {
 struct Watch {
     read: AtomicU64,
     writes: AtomicU64,
+    /// Where it was punched, and how long.
+    punched: Mutex<Vec<(u64, u64)>>,
     /// The n-th write from now fails; 0 for none.
     fail: AtomicU64,
     /// The next write says that it has come and waits until it may go on.
@@ -96,6 +100,7 @@ impl Disk for Watched {
     }
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.arrive()?;
+        self.1.punched.lock().unwrap().push((offset, len));
         self.0.punch(offset, len)
     }
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
@@ -171,9 +176,9 @@ impl Stage {
         let options = VolumeOptions::default();
         let volume = engine.add_volume(&n("v"), "files/v", options).unwrap();
         let mut a = vec![0; SIZE];
-        for (i, grain) in a.chunks_mut(GRAIN).enumerate() {
+        for (i, run) in a.chunks_mut(RUN).enumerate() {
             // Every fifth is zero, so that a revert punches, too.
-            grain.fill((i % 5 * 50) as u8);
+            run.fill((i % 5 * 50) as u8);
         }
         volume.write_at(0, &a, false).unwrap();
         volume.flush().unwrap();
@@ -362,6 +367,20 @@ fn three_groups_are_under_way_and_no_more() {
         reverting.join().unwrap().unwrap();
     });
     assert_eq!(told.load(Ordering::SeqCst), GROUPS);
+    assert!(case.live() == stage.a);
+    assert!(case.check_snapshots("done"));
+}
+
+/// A long run of zeros becomes a hole; single grains of zeros, of which each would be a change of the
+/// filesystem's records, are written.
+#[test]
+fn long_runs_of_zeros_are_punched_and_short_ones_written() {
+    let stage = Stage::new();
+    let case = stage.copy(4, 64 * MIB);
+    case.revert(&mut |_| {}).unwrap();
+    let zero = (0..WHOLE).step_by(RUN).filter(|at| at / RUN % 5 == 0);
+    let wanted: Vec<_> = zero.map(|at| (at as u64, RUN as u64)).collect();
+    assert_eq!(*case.watch.punched.lock().unwrap(), wanted);
     assert!(case.live() == stage.a);
     assert!(case.check_snapshots("done"));
 }

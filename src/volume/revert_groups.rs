@@ -34,6 +34,12 @@ pub(in crate::volume) const GROUP_BYTES: u64 = 4 * PIECE_MAX;
 /// below the limit of a commit block.
 pub(in crate::volume) const RUNS_MAX: usize = 1024;
 
+/// Bytes from which a run of zeros is punched out of the source and not written. Each punch is a change
+/// of the filesystem's own records, often with a discard: for a single page it takes many times as long
+/// as writing the page. A grain that differs from zeros holds data, so writing it takes no new space
+/// (on a filesystem that copies on write, as much as any write).
+pub(in crate::volume) const PUNCH_MIN: u64 = 64 << 10;
+
 /// A run of grains of the target, and which bytes of it have to be written.
 struct Part {
     start: u64,
@@ -268,6 +274,7 @@ impl Volume {
         target.read_at(span.start, &mut part.new)?;
         let old = Old::read(&self.vol, run.clone(), std::slice::from_ref(&run))?;
         let mut differing: Vec<Range<u64>> = Vec::new();
+        let mut zero: Vec<Range<u64>> = Vec::new();
         for at in run {
             let bytes = clip(at..at + 1);
             let from = (bytes.start - span.start) as usize;
@@ -277,12 +284,17 @@ impl Volume {
             }
             push(&mut differing, at..at + 1);
             match is_zero(new) {
-                true => push(&mut part.zero, bytes),
+                true => push(&mut zero, bytes),
                 false => push(&mut part.data, bytes),
             }
         }
+        let (long, short): (Vec<_>, Vec<_>) = zero
+            .into_iter()
+            .partition(|run| run.end - run.start >= PUNCH_MIN);
+        part.zero = long;
+        part.data.extend(short);
         if part.data.is_empty() {
-            // A zero is punched, not written.
+            // What is punched needs no bytes.
             part.new = Vec::new();
         }
         let needs: Vec<Range<u64>> = {
