@@ -270,7 +270,7 @@ impl Run {
     fn fill_or_free(&mut self) {
         match self.full {
             // With the ballast in place: that is what a disk filled by somebody else finds.
-            0 if self.chance.below(300) == 0 && self.world.disk("store/ballast").is_some() => {
+            0 if self.chance.below(120) == 0 && self.world.disk("store/ballast").is_some() => {
                 let used: u64 = self.world.allocated("store");
                 let room = self.chance.below(64 << 10);
                 trace(|| format!("full: {used} used, {room} left"));
@@ -349,6 +349,7 @@ fn every_view_is_what_the_model_says() {
             "kill",
             "power cut",
             "map loss",
+            "full",
         ] {
             assert!(totals[what] >= 1000, "only {} of {what}", totals[what]);
         }
