@@ -16,7 +16,7 @@
 //!   batch, whatever the segment's size. A new segment has its own before its head is written.
 //!
 //! Where no new segment can be made, records that are no writer's go on in the last one, within its
-//! reserve, also after a start ([`Writer::go_on`]); then into the spare. So they need nothing from a
+//! reserve, also after a start (`Writer::go_on`); then into the spare. So they need nothing from a
 //! filesystem that has nothing to give, or that others empty as soon as it has.
 //!
 //! Locks: `queue` (never held over I/O or the sink), then `writer` (held by the leader alone).
@@ -900,6 +900,11 @@ impl Writer {
             Err(_) if planted(Bug::SyncRetried) => file.sync_data(),
             synced => synced,
         };
+        if synced.is_ok() && end - self.tail.end > AHEAD_BATCH_MAX {
+            // So much is seldom read soon, and memory that was in use a moment ago is written to
+            // faster than new memory. It is no matter if it stays.
+            let _ = file.drop_cache();
+        }
         synced.map_err(|e| {
             // Even when space ran out: what a failed sync covered is lost, so this is no NoSpace
             // that could be tried again in the same place.
