@@ -22,7 +22,7 @@ use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
 use crate::sys::planted::{Bug, planted, point};
-use crate::units::{BLOCK, Lsn, Place, Uuid};
+use crate::units::{Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
