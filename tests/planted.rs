@@ -61,6 +61,7 @@ fn finder_of(bug: Bug) -> Finder {
             "tree::tests::faults::preserved_bytes_that_rot",
         ),
         Bug::SyncRetried => finder("stillframe", "log::tests::after_a_failed_sync"),
+        Bug::HeadKept => finder("stillframe", "log::tests::without_space_for_a_segment"),
         Bug::SyncErrorForgotten => finder("stillframe", "tree::tests::faults::after_a_failed_sync"),
         Bug::AllocatedOnly => finder("bookmarks", "on_a_full_disk_a_bookmark_is_never_wrong"),
         Bug::ReaderTrusts => finder(

@@ -8,14 +8,21 @@
 //! - L1 A batch is written only after the batch before it is durable; so only the last batch of a
 //!   log can be torn.
 //! - L2 After a failed write or sync nothing more goes into that segment: the next batch opens a new
-//!   one whose head says where the old one ends, and the sync is never repeated as proof.
+//!   one whose head says where the old one ends, and the sync is never repeated as proof. A write that
+//!   found no space is no such failure: the next batch overwrites what it left.
 //! - L3 The sink sees batches in LSN order, each before anyone who waits for it is released.
 //! - L4 Every segment begins with a CATALOG batch, so older segments are needed for payload only.
+//! - L5 Behind every batch of a writer lies the reserve: [`RESERVE`] bytes of zeros, durable with the
+//!   batch, whatever the segment's size. A new segment has its own before its head is written.
+//!
+//! Where no new segment can be made, records that are no writer's go on in the last one, within its
+//! reserve, also after a start ([`Writer::go_on`]); then into the spare. So they need nothing from a
+//! filesystem that has nothing to give, or that others empty as soon as it has.
 //!
 //! Locks: `queue` (never held over I/O or the sink), then `writer` (held by the leader alone).
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, ErrorKind};
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
@@ -23,6 +30,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::batch::{self, Batch, Previous};
 use crate::log::keys::Keys;
 use crate::log::record::{Payload, Record, RecordType};
+use crate::log::room::{Made, SPARE, ZEROS, begin, zero_behind};
 use crate::log::segment::{self, BATCHES_AT, HEAD_AT, Head, SEGMENT_MAX, Tail};
 use crate::sys::clock::Clock;
 use crate::sys::disk::{Dir, Disk, Open};
@@ -40,11 +48,9 @@ const PREWRITE_STEP: u64 = 4 << 20;
 /// likely as large (a revert), and to write its blocks twice costs more than the change of the file's
 /// metadata that it saves. What the reserve needs is written ahead all the same.
 const AHEAD_BATCH_MAX: u64 = 2 * BATCH_PAYLOAD_MAX as u64;
-/// Bytes written ahead that preserved content must leave free: what deletions, marks of failure and
-/// new snapshots need when the disk is full.
+/// Bytes written ahead that preserved content must leave free (L5): what deletions, marks of failure
+/// and new snapshots need when the disk is full.
 pub const RESERVE: u64 = 256 << 10;
-/// A file of zeros that becomes the next segment when there is no space to make one.
-const SPARE: &str = "spare";
 /// Segment files kept open for reading.
 const OPEN_SEGMENTS_MAX: usize = 256;
 
@@ -176,6 +182,11 @@ struct Writer {
     lsn_next: u64,
     prewritten: u64,
     must_roll: bool,
+    /// A write or sync failed in the segment for another reason than a lack of space (L2).
+    lost: bool,
+    /// Successors that were begun and given up since the last roll. While a power cut could bring one
+    /// back, its head says where the segment ends.
+    given_up: Vec<String>,
     /// Only the CATALOG is in the segment: whatever comes next goes in, however large.
     fresh: bool,
     keep_free: u64,
@@ -188,7 +199,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Log {
-    /// Goes on where a scan ended, in a new segment: it is created by the first append.
+    /// Goes on where a scan ended, in a new segment: it is created by the first append. What stands
+    /// behind the end of the last one must not be a batch.
     pub fn resume(config: LogConfig, resume: Resume) -> Log {
         let writer = Writer {
             file: None,
@@ -198,6 +210,8 @@ impl Log {
             lsn_next: resume.tail.lsn + 1,
             prewritten: 0,
             must_roll: true,
+            lost: false,
+            given_up: Vec::new(),
             fresh: false,
             keep_free: 0,
             spare: false,
@@ -573,7 +587,7 @@ impl Writer {
                 // After a failed sync it is not true that nothing was appended, whatever followed.
                 Err(e) if e.kind() == Kind::NoSpace && first_error.is_none() => return Err(e),
                 Err(e) => {
-                    self.must_roll = true;
+                    (self.must_roll, self.lost) = (true, true);
                     first_error.get_or_insert(e);
                 }
             }
@@ -592,7 +606,36 @@ impl Writer {
         if !self.must_roll && (self.fresh || end <= config.segment_bytes) && end <= SEGMENT_MAX {
             return Ok(());
         }
-        self.roll(config, sink, durable_lsn)
+        match self.roll(config, sink, durable_lsn, is_bulk(entries)) {
+            Err(e) if e.kind() == Kind::NoSpace && !is_bulk(entries) => {
+                self.without_space(config, sink, entries, durable_lsn, e)
+            }
+            done => done,
+        }
+    }
+
+    /// There is no space for a new segment: what was held back for records that are no writer's.
+    fn without_space(
+        &mut self,
+        config: &LogConfig,
+        sink: &dyn Sink,
+        entries: &[Entry],
+        durable_lsn: &AtomicU64,
+        full: Error,
+    ) -> Result<()> {
+        match self.go_on(config, self.batch_len(entries)) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(e) => tracing::debug!("the last segment cannot go on: {}", e.chain()),
+        }
+        for made in [Made::OfSpare, Made::Bare] {
+            match self.next_segment(config, sink, durable_lsn, made) {
+                // No spare is no other error.
+                Err(e) if matches!(e.kind(), Kind::NoSpace | Kind::NotFound) => {}
+                done => return done,
+            }
+        }
+        Err(full)
     }
 
     fn batch_len(&self, entries: &[Entry]) -> u64 {
@@ -602,8 +645,38 @@ impl Writer {
         (batch::HEADER_LEN + own + copy + 1024) as u64 + (payload + 1) * BLOCK
     }
 
-    /// Opens a new segment: head, then a CATALOG batch (L4).
-    fn roll(&mut self, config: &LogConfig, sink: &dyn Sink, durable_lsn: &AtomicU64) -> Result<()> {
+    /// Opens a new segment with its reserve.
+    ///
+    /// # Errors
+    /// `NoSpace`: the old one stays as it was.
+    fn roll(
+        &mut self,
+        config: &LogConfig,
+        sink: &dyn Sink,
+        durable_lsn: &AtomicU64,
+        bulk: bool,
+    ) -> Result<()> {
+        let reserve = BATCHES_AT + (blocks(sink.catalog().len()) + 1) * BLOCK + RESERVE;
+        if bulk {
+            // Not even begun: a writer waits for space and asks often.
+            let space = config.dir.space();
+            let space = space.context(|| "cannot tell the store's free space")?;
+            if space.available < self.keep_free + reserve {
+                let why = "the thin target has no space left for another segment";
+                return Err(Error::new(Kind::NoSpace, why));
+            }
+        }
+        self.next_segment(config, sink, durable_lsn, Made::New(reserve))
+    }
+
+    /// Makes a segment: head, then a CATALOG batch (L4).
+    fn next_segment(
+        &mut self,
+        config: &LogConfig,
+        sink: &dyn Sink,
+        durable_lsn: &AtomicU64,
+        made: Made,
+    ) -> Result<()> {
         let number = self.number_max + 1;
         let head = Head {
             store: config.store,
@@ -613,31 +686,29 @@ impl Writer {
         };
         let name = segment::file_name(number);
         let context = || format!("cannot create segment {number} of the thin target");
-        let sector = head.encode(&config.keys);
-        let begun = match begin(config, &name, &sector, false) {
-            Err((e, begun)) if e.kind() == ErrorKind::StorageFull => {
-                self.spare = false;
-                begin(config, &name, &sector, true).map_err(|(_, again)| (e, begun || again))
-            }
-            begun => begun,
-        };
-        let file = match begun {
+        if made == Made::OfSpare {
+            self.spare = false;
+        }
+        let file = match begin(config.dir.as_ref(), &name, &head.encode(&config.keys), made) {
             Ok(file) => file,
             Err((e, begun)) => {
                 if begun {
-                    // Its head may come back with a power cut and says where this segment ends:
-                    // nothing more may go into it, and its number is spent.
-                    self.number_max = number;
-                    self.must_roll = true;
+                    self.give_up(number, name);
                 }
                 return Err(Error::io(context(), e));
             }
         };
         point("segment begun");
         self.number_max = number;
-        let ready = file.size().context(context)?;
+        let ready = match file.size() {
+            Ok(ready) => ready,
+            Err(e) => {
+                self.give_up(number, name);
+                return Err(Error::io(context(), e));
+            }
+        };
         let closed = self.file.replace(file);
-        let closed_tail = self.tail;
+        let (closed_tail, closed_ahead) = (self.tail, self.prewritten);
         self.tail = Tail {
             segment: number,
             generation: head.generation,
@@ -656,31 +727,74 @@ impl Writer {
             // Abandoned: its successor's link passes over it, so a scan ignores what it holds.
             let _ = config.dir.remove(&name);
             self.file = closed;
-            self.tail = closed_tail;
-            self.must_roll = true;
+            (self.tail, self.prewritten) = (closed_tail, closed_ahead);
+            self.give_up(number, name);
             return Err(e);
         }
         point("segment has its catalogue");
-        self.must_roll = false;
-        self.fresh = true;
-        self.secure_reserve(config);
-        if let Some(closed) = closed {
+        (self.must_roll, self.lost, self.fresh) = (false, false, true);
+        self.given_up.clear();
+        self.secure_reserve();
+        if let Some(closed) = closed.or_else(|| open_last(config, closed_tail.segment)) {
             // Space written ahead and not used; if this fails, recovery does it.
             let _ = closed.set_size(closed_tail.end);
         }
         Ok(())
     }
 
-    /// Writes the reserve ahead in a new segment if nothing was: on a disk that is nearly full, what
-    /// the closed segment gave back goes to whoever comes first. As far as there is space; the next
-    /// batch's sync covers it.
-    fn secure_reserve(&mut self, config: &LogConfig) {
-        const PIECE: usize = 16 << 10;
+    /// A segment was begun and given up. Its head may come back with a power cut and says where this
+    /// segment ends: nothing more may go into it, and its number is spent.
+    fn give_up(&mut self, number: u32, name: String) {
+        self.number_max = number;
+        self.must_roll = true;
+        self.given_up.push(name);
+    }
+
+    /// Has the last segment take a batch of `len` bytes in what was written ahead, past the size at
+    /// which it would be closed and also after a start. Answers whether there is room for it.
+    ///
+    /// What made it take nothing more is done away with, durably, before: successors that were begun,
+    /// and after a start whatever stands behind the last batch.
+    ///
+    /// # Errors
+    /// The system's error: nothing may go into it.
+    fn go_on(&mut self, config: &LogConfig, len: u64) -> Result<bool> {
+        let context = || "cannot go on in the last segment of the thin target";
+        // Without a batch its name may not be durable, whatever a sync says after one that failed.
+        if self.lost || self.tail.segment == 0 || self.tail.end == BATCHES_AT {
+            return Ok(false);
+        }
+        if !self.given_up.is_empty() && !planted(Bug::HeadKept) {
+            for name in &self.given_up {
+                match config.dir.remove(name) {
+                    Err(e) if e.kind() != ErrorKind::NotFound => return Err(e).context(context),
+                    _ => {}
+                }
+            }
+            config.dir.sync().context(context)?;
+        }
+        self.given_up.clear();
+        if self.file.is_none() {
+            let name = segment::file_name(self.tail.segment);
+            let file = config.dir.open(&name, Open::Write).context(context)?;
+            self.prewritten = zero_behind(file.as_ref(), self.tail.end).context(context)?;
+            self.file = Some(file);
+        }
+        if self.tail.end + len > self.prewritten.min(SEGMENT_MAX) {
+            return Ok(false);
+        }
+        self.must_roll = false;
+        Ok(true)
+    }
+
+    /// Writes the reserve ahead in a new segment if it was made without: what the closed segment gives
+    /// back goes to whoever comes first. As far as there is space; the next batch's sync covers it.
+    fn secure_reserve(&mut self) {
         let Some(file) = &self.file else { return };
-        let until = (self.tail.end + RESERVE).min(config.segment_bytes);
+        let until = self.tail.end + RESERVE;
         while self.prewritten < until {
-            let len = (until - self.prewritten).min(PIECE as u64);
-            let zeros = &[0; PIECE][..len as usize];
+            let len = (until - self.prewritten).min(ZEROS.len() as u64);
+            let zeros = &ZEROS[..len as usize];
             if file.write_all_at(self.prewritten, &[zeros]).is_err() {
                 break;
             }
@@ -762,7 +876,6 @@ impl Writer {
         entries: &[Entry],
         end: u64,
     ) -> Result<()> {
-        const ZEROS: &[u8] = &[0; BLOCK as usize];
         let known = self.prewritten;
         self.write_ahead(config, sink, file, end, is_bulk(entries))?;
         let mut parts: Vec<&[u8]> = vec![commit];
@@ -790,7 +903,7 @@ impl Writer {
         synced.map_err(|e| {
             // Even when space ran out: what a failed sync covered is lost, so this is no NoSpace
             // that could be tried again in the same place.
-            self.must_roll = true;
+            (self.must_roll, self.lost) = (true, true);
             Error::with_source(Kind::Io, "cannot make the thin target durable", e)
         })
     }
@@ -805,26 +918,20 @@ impl Writer {
         end: u64,
         bulk: bool,
     ) -> Result<()> {
-        let segment_bytes = config.segment_bytes;
         let needed = match bulk {
-            true => (end + RESERVE).min(segment_bytes).max(end),
+            true => end + RESERVE,
             false => end,
         };
         let ahead = needed.saturating_sub(self.prewritten);
-        // Near the end of a segment the reserve has to lie outside, where the next one can begin.
-        let outside = match bulk && needed < end + RESERVE {
-            true => self.keep_free.max(RESERVE),
-            false => self.keep_free,
-        };
-        if ahead == 0 && (!bulk || needed == end + RESERVE) {
+        if ahead == 0 {
             return Ok(());
         }
-        if outside > 0 {
+        if self.keep_free > 0 {
             let space = config
                 .dir
                 .space()
                 .context(|| "cannot tell the store's free space")?;
-            if bulk && space.available < outside + ahead {
+            if bulk && space.available < self.keep_free + ahead {
                 let why = "the thin target has no space left but what deletions need";
                 return Err(Error::new(Kind::NoSpace, why));
             }
@@ -834,18 +941,18 @@ impl Writer {
             true => needed,
             false => (needed + 1)
                 .next_multiple_of(PREWRITE_STEP)
-                .min(segment_bytes)
+                .min(config.segment_bytes)
                 .max(needed),
         };
         // A limit that cannot be looked up does not keep anybody from deleting.
-        let limited = ahead > 0 && !sink.may_grow(step - self.prewritten).unwrap_or(false);
+        let limited = !sink.may_grow(step - self.prewritten).unwrap_or(false);
         if bulk && limited && !sink.may_grow(ahead)? {
             let why = "the thin target is at its limit";
             return Err(Error::new(Kind::NoSpace, why));
         }
         // Without its ballast the disk is full or nearly so: nothing is taken that is not needed.
         let scarce = self.keep_free > 0 || limited;
-        if ahead == 0 || scarce && !bulk {
+        if scarce && !bulk {
             self.prewritten = self.prewritten.max(end);
             return Ok(());
         }
@@ -871,45 +978,10 @@ impl Writer {
     }
 }
 
-/// Makes a segment's file with its head, durably; of the spare, or anew. An error says whether a head
-/// may have been written.
-fn begin(
-    config: &LogConfig,
-    name: &str,
-    sector: &[u8],
-    of_spare: bool,
-) -> std::result::Result<Arc<dyn Disk>, (io::Error, bool)> {
-    let dir = &config.dir;
-    let opened = match of_spare {
-        true => {
-            dir.rename(SPARE, name).map_err(|e| (e, false))?;
-            // The name is taken from here on.
-            let opened = dir.open(name, Open::Write).map_err(|e| (e, true));
-            opened.inspect_err(|_| drop(dir.remove(name)))
-        }
-        false => dir.open(name, Open::Create).map_err(|e| (e, false)),
-    };
-    let file = opened?;
-    let started = HEAD_AT
-        .iter()
-        .try_for_each(|&at| file.write_all_at(at, &[sector]))
-        .and_then(|()| match of_spare {
-            true => Ok(()),
-            false => file.set_size(BATCHES_AT),
-        })
-        .and_then(|()| file.sync_data())
-        .and_then(|()| match planted(Bug::NameUnsynced) {
-            true => Ok(()),
-            false => dir.sync(),
-        });
-    match started {
-        Ok(()) => Ok(file),
-        Err(e) => {
-            // What is left of it is removed at the next open.
-            let _ = dir.remove(name);
-            Err((e, true))
-        }
-    }
+/// The last segment of the log before this one was opened, to be cut.
+fn open_last(config: &LogConfig, number: u32) -> Option<Arc<dyn Disk>> {
+    let name = segment::file_name(number);
+    (number > 0).then(|| config.dir.open(&name, Open::Write).ok())?
 }
 
 fn blocks(len: usize) -> u64 {

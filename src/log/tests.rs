@@ -6,8 +6,10 @@ use crate::error::{Kind, Result};
 use crate::log::commit::{Durable, Entry, Log, LogConfig, Resume, Sink};
 use crate::log::keys::Keys;
 use crate::log::record::{Record, RecordType};
+use crate::log::room::settle;
 use crate::log::scan::{Event, Scan, Scanned};
 use crate::log::segment;
+use crate::sys::disk::Dir as _;
 use crate::sys::sim::{Op, SimWorld};
 use crate::units::{BLOCK, Place, Uuid};
 
@@ -309,6 +311,85 @@ fn a_full_disk_is_told_and_passes() {
     }
     let (_, lost, _) = scan(&injected).unwrap();
     assert!(lost.is_empty());
+}
+
+/// Lives on a full disk, or one that fails while a segment is made: each ends at some operation, with a
+/// power cut or a kill. What was acknowledged is there, and no record is refused while there is a reserve.
+#[test]
+fn without_space_for_a_segment_the_last_one_goes_on_and_no_cut_loses_a_batch() {
+    let (mut in_place, mut given_up, mut deaths, mut refusals) = (0, 0, 0, 0_u64);
+    for seed in 0..600_u64 {
+        let world = SimWorld::new(seed);
+        let sink = Seen::default();
+        let mut log = open(&world, Resume::default());
+        for first in 1..4 {
+            log.append(&sink, vec![preserve(&log, first)]).unwrap();
+        }
+        let mut known = vec![1, 2, 3];
+        let (mut next, mut nameless) = (100, false);
+        let used = world.allocated("log");
+        for life in 0..4 {
+            let full = (seed + life) % 3 > 0;
+            world.set_space("log", full.then_some(used + (seed % 7) * 2048));
+            if life > 0 && !full {
+                // There is space, and the segment's name cannot be made durable.
+                world.fail_nth(Op::DirSync, 1, ENOSPC);
+            }
+            if (seed + life) % 2 == 0 {
+                world.die_at(1 + (seed * 31 + life * 17) % 45);
+            }
+            for _ in 0..5 {
+                let record = Record::run(RecordType::Snap, 1, 1, next, 1);
+                let before = log.end().1;
+                match log.append(&sink, vec![Entry::plain(record)]) {
+                    Ok(_) => known.push(next),
+                    Err(e) => {
+                        // Behind a segment whose name may not be durable nothing can be held back.
+                        let refused = nameless && full && e.kind() == Kind::NoSpace;
+                        assert!(world.is_dead() || refused, "seed {seed}: {}", e.chain());
+                        refusals += u64::from(refused);
+                        break;
+                    }
+                }
+                next += 1;
+                if life > 0 && log.end().1 == before {
+                    in_place += u64::from(full);
+                    given_up += u64::from(!full);
+                }
+            }
+            deaths += u64::from(world.is_dead());
+            match (seed / 2 + life) % 3 {
+                0 => world.kill(),
+                _ => world.power_cut(),
+            }
+            let (batches, lost, scanned) = scan(&world).unwrap();
+            assert!(lost.is_empty(), "seed {seed}, life {life}");
+            let firsts = batches.iter().flat_map(|b| b.1.clone());
+            let mut found: Vec<u64> = firsts.filter(|&first| first > 0).collect();
+            found.dedup();
+            assert!(
+                found.starts_with(&known),
+                "seed {seed}: {found:?} {known:?}"
+            );
+            assert!(found.len() <= known.len() + 1, "seed {seed}: {found:?}");
+            (known, next) = (found, next + 1);
+            let dir = world.dir("log");
+            for number in &scanned.abandoned {
+                dir.remove(&segment::file_name(*number)).unwrap();
+            }
+            dir.sync().unwrap();
+            nameless = scanned.tail.end == segment::BATCHES_AT;
+            settle(dir.as_ref(), scanned.tail.segment, scanned.tail.end).unwrap();
+            log = open(&world, resume_of(&scanned));
+        }
+    }
+    println!(
+        "{in_place} in place, {given_up} after one was given up, {deaths} deaths, {refusals} refused"
+    );
+    assert!(
+        in_place > 1000 && given_up > 300 && deaths > 300,
+        "{in_place} {given_up} {deaths} {refusals}"
+    );
 }
 
 #[test]

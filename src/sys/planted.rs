@@ -61,6 +61,8 @@ pub enum Bug {
     ShrinkUnpreserved,
     /// A clone's record is durable before the grains it speaks of.
     OverlayUnsynced,
+    /// The log goes on in a segment while the head of a successor that was given up may come back.
+    HeadKept,
 }
 
 /// Whether this process has that fault.
@@ -148,7 +150,7 @@ pub const POINTS: [&str; 21] = [
 
 /// Every fault there is.
 #[cfg(feature = "planted")]
-pub const ALL: [Bug; 26] = [
+pub const ALL: [Bug; 27] = [
     Bug::UndoUnsynced,
     Bug::IndexUnsynced,
     Bug::SumsIgnored,
@@ -175,4 +177,5 @@ pub const ALL: [Bug; 26] = [
     Bug::BitmapShort,
     Bug::ShrinkUnpreserved,
     Bug::OverlayUnsynced,
+    Bug::HeadKept,
 ];

@@ -14,6 +14,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::commit::{Log, LogConfig, Resume};
 use crate::log::keys::Keys;
 use crate::log::record::{Record, RecordType};
+use crate::log::room::settle;
 use crate::log::scan::{Event, Scan, Scanned};
 use crate::log::segment::{self, SEGMENT_MAX, SEGMENT_MIN};
 use crate::log::superblock::{Superblock, SuperblockFile};
@@ -21,7 +22,7 @@ use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
 use crate::sys::planted::{Bug, planted, point};
-use crate::units::{BLOCK, Lsn, Place, Uuid};
+use crate::units::{Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
@@ -547,41 +548,29 @@ fn read_catalog(
     Catalog::decode(&payload).map(Some)
 }
 
-/// Gives back what was written ahead, also in the last segment: nothing more goes into it, and on a
-/// full disk its successor needs the space.
+/// Gives back what was written ahead in closed segments. The last one keeps it: if there is no space
+/// for another, the log goes on there.
 fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
-    let last = (scanned.tail.segment, scanned.tail.end);
-    for &(number, end) in scanned
-        .closed
-        .iter()
-        .chain([&last])
-        .filter(|(number, _)| *number > 0)
-    {
+    for &(number, end) in scanned.closed.iter().filter(|(number, _)| *number > 0) {
         let context = || format!("cannot cut segment {number} to its end");
         let disk = dir
             .open(&segment::file_name(number), Open::Write)
             .context(context)?;
         if disk.size().context(context)? > end && !planted(Bug::TailKept) {
             match disk.set_size(end) {
-                // Where even that needs space, what is behind the end stays; in the last segment a
-                // torn batch may begin there, which must not be found again.
+                // Where even that needs space, what is behind the end stays.
                 Err(e) if e.kind() == std::io::ErrorKind::StorageFull => {
                     tracing::warn!("{}: {e}", context());
-                    if number == last.0 && scanned.torn {
-                        disk.write_all_at(end, &[&[0; BLOCK as usize]])
-                            .context(context)?;
-                    }
                 }
                 done => done.context(context)?,
             }
         }
-        if number == last.0 {
-            // A torn batch behind the end must be gone before anything is served, also if the disk
-            // is too full for the new segment whose head would say so.
-            disk.sync_data().context(context)?;
-        }
     }
-    Ok(())
+    match scanned.tail.segment {
+        0 => Ok(()),
+        last => settle(dir, last, scanned.tail.end)
+            .context(|| format!("cannot end segment {last} of the thin target")),
+    }
 }
 
 /// Opens a volume's source and compares it with what was left.

@@ -456,4 +456,66 @@ mod tests {
         assert_eq!(refused.unwrap_err(), Kind::NoSpace, "not the case meant");
         assert!(stage.world.allocated("store") + (512 << 10) <= before);
     }
+
+    /// The process dies or the power fails at every operation of an overwrite that costs the snapshot, in
+    /// many ways: as soon as a new byte may be on the source the snapshot has failed, for good.
+    #[test]
+    fn a_snapshot_has_failed_durably_before_a_new_byte_is_written() {
+        let (stage, engine) = Stage::new();
+        drop(engine);
+        stage.world.kill();
+        let (mut kept, mut failed, mut written) = (0, 0, 0);
+        for seed in 0..60 {
+            for call in 1.. {
+                let life = Stage {
+                    world: stage.world.fork(seed * 1000 + call),
+                    index: MemoryIndexHome::new(),
+                    v: stage.v.clone(),
+                };
+                let world = &life.world;
+                let engine = life.open().unwrap();
+                world.set_space("store", Some(world.allocated("store")));
+                let volume = engine.volume(&life.v).unwrap();
+                world.die_at(call);
+                let answered = volume.write_at(0, &[2; 4096], false).is_ok();
+                let died = world.is_dead();
+                drop((volume, engine));
+                match seed % 4 {
+                    0 => world.kill(),
+                    _ => world.power_cut(),
+                }
+                if seed % 2 == 0 {
+                    world.set_space("store", None);
+                }
+                let new = world.peek("v").unwrap()[..4096].contains(&2);
+                let what = format!("seed {seed}, call {call}");
+                let engine = life.open().unwrap();
+                let a = Name::new("a").unwrap();
+                let state = engine.snapshot(&life.v, &a).unwrap().state;
+                let mut bytes = [0; 4096];
+                let read = engine
+                    .open_snapshot(&life.v, &a)
+                    .and_then(|snapshot| snapshot.read_at(0, &mut bytes));
+                match state {
+                    SnapshotState::Active => {
+                        assert!(!answered && !new, "{what}: not failed");
+                        read.unwrap();
+                        assert!(bytes == [1; 4096], "{what}: other bytes");
+                        kept += 1;
+                    }
+                    _ => {
+                        assert!(read.is_err(), "{what}: a failed snapshot is read");
+                        failed += u64::from(!new);
+                        written += u64::from(new);
+                    }
+                }
+                if !died {
+                    assert!(answered, "{what}: refused");
+                    break;
+                }
+            }
+        }
+        println!("{kept} kept, {failed} failed before a byte was written, {written} after");
+        assert!(kept > 60 && failed > 60 && written > 20);
+    }
 }
