@@ -296,7 +296,9 @@ impl State<'_, '_> {
         }
         let mut at = BATCHES_AT;
         while at < end {
-            if let Some(found) = self.scan.batch_at(segment, at, end)? {
+            // One that is older than the newest is none: LSNs only grow.
+            let found = self.scan.batch_at(segment, at, end)?;
+            if let Some(found) = found.filter(|found| found.batch.lsn > self.newest()) {
                 at += found.len;
                 self.found(found)?;
                 continue;

@@ -25,7 +25,7 @@ use roaring::RoaringBitmap;
 use crate::error::{Error, Kind, Result};
 use crate::map::keys::{GRAINS_MAX, checksum, put_key, take_key};
 use crate::sys::planted::{Bug, planted};
-use crate::units::{Epoch, VolumeId};
+use crate::units::{COUNTER_MAX, Epoch, VolumeId};
 
 /// Grains of a chunk, the unit in which sets are shared and persisted.
 pub const CHUNK_GRAINS: u64 = 1 << 17;
@@ -398,8 +398,8 @@ impl ChunkKey {
     /// `Damaged`.
     pub fn decode(key: &[u8]) -> Result<ChunkKey> {
         let (volume, epoch, chunk) = take_key(SETS_NAMESPACE, key)?;
-        if chunk > u64::MAX / CHUNK_GRAINS / 2 {
-            return Err(damaged("a chunk number is out of range"));
+        if chunk >= GRAINS_MAX / CHUNK_GRAINS || epoch > COUNTER_MAX {
+            return Err(damaged("a chunk or epoch is out of range"));
         }
         Ok(ChunkKey {
             volume: VolumeId(volume),
@@ -478,6 +478,9 @@ pub fn decode_chunk(key: ChunkKey, value: &[u8], into: &mut EpochSets) -> Result
     };
     let [data, zero, changed] = &parts;
     let apart = disjoint(data, zero) && disjoint(data, changed) && disjoint(zero, changed);
+    if parts.iter().all(Option::is_none) {
+        return Err(damaged("a chunk without grains"));
+    }
     if !rest.is_empty() || !apart {
         return Err(damaged("its sets overlap or end early"));
     }

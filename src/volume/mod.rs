@@ -26,6 +26,8 @@ mod clones;
 mod diffs;
 mod engine;
 mod facts;
+#[doc(hidden)]
+pub mod fuzzing;
 mod layers;
 mod live;
 mod marks;

@@ -1,0 +1,526 @@
+//! FUSE requests: a session over a socket pair, its INIT, and then whatever comes.
+//!
+//! Input: requests, each an opcode, a node and a body. The header says the true length (the kernel is
+//! trusted for that); everything behind it is free. Held: no handler panics, every request is answered at most
+//! once, to its number and with its own length, an error is one and has no body, and after all of them the
+//! session still answers and ends with DESTROY.
+
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use stillframe::error::Result;
+use stillframe::fuse::{Options, serve};
+use stillframe::map::memory::MemoryIndexHome;
+use stillframe::sys::disk::Space;
+use stillframe::tree::{ROOT, StatusFile, StatusSource, Tree};
+use stillframe::volume::Engine;
+
+use super::Target;
+use super::bytes::{Input, put_counted};
+use super::store::{environment, settings, valid};
+
+pub const TARGET: Target = Target {
+    name: "fuse",
+    seeds,
+    run,
+    reaches: &["refused", "answered"],
+    tokens: &[
+        b"a.img\0",
+        b"live.img\0",
+        b"vm\0",
+        b"snapshots\0",
+        b"clones\0",
+        b"..\0",
+        b"\0",
+        b".img\0",
+        b"user.stillframe.revert\0",
+        &[0xff; 8],
+        &[0, 0, 0, 0, 0, 0, 0, 0x80],
+        &[0xff, 0xff, 0xff, 0x7f],
+    ],
+    max_len: 8192,
+};
+
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const INIT: u32 = 26;
+const READ: u32 = 15;
+const READDIR: u32 = 28;
+const READDIRPLUS: u32 = 44;
+const WRITE: u32 = 16;
+const SETXATTR: u32 = 21;
+const IOCTL: u32 = 39;
+/// Bytes of an IOCTL before its data.
+const IOCTL_HEAD: usize = 32;
+/// Bytes of a WRITE before its data.
+const WRITE_HEAD: usize = 40;
+const DESTROY: u32 = 38;
+const BATCH_FORGET: u32 = 42;
+
+/// How long an answer may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Requests of one input.
+const REQUESTS: usize = 48;
+
+struct Status;
+
+impl StatusSource for Status {
+    fn render(&self, file: StatusFile) -> Result<Vec<u8>> {
+        Ok(format!("{file:?}").into_bytes())
+    }
+
+    fn space(&self) -> Result<Space> {
+        Ok(Space {
+            total: 1 << 30,
+            available: 1 << 29,
+        })
+    }
+
+    fn now_ns(&self) -> i64 {
+        1_700_000_000_000_000_000
+    }
+}
+
+fn message(opcode: u32, unique: u64, node: u64, body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(40 + body.len());
+    bytes.extend((40 + body.len() as u32).to_le_bytes());
+    bytes.extend(opcode.to_le_bytes());
+    bytes.extend(unique.to_le_bytes());
+    bytes.extend(node.to_le_bytes());
+    // uid, gid, pid, padding
+    bytes.extend([0; 16]);
+    bytes.extend(body);
+    bytes
+}
+
+/// The kernel's side of a session.
+struct Kernel {
+    socket: UnixDatagram,
+    unique: u64,
+    buffer: Vec<u8>,
+    answered: usize,
+    /// Requests whose answer was not seen yet.
+    waiting: Vec<u64>,
+}
+
+impl Kernel {
+    /// The next answer: its number, its error, its body.
+    fn receive(&mut self) -> (u64, i32, usize) {
+        let len = match self.socket.recv(&mut self.buffer) {
+            Ok(len) => len,
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                panic!(
+                    "no answer within {PATIENCE:?}; waiting for {:?}",
+                    self.waiting
+                )
+            }
+            Err(e) => panic!("the session ended: {e}"),
+        };
+        let bytes = &self.buffer[..len];
+        assert!(len >= 16, "an answer has a header");
+        let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        assert_eq!(u32_at(0) as usize, len, "the length of the answer");
+        let errno = u32_at(4) as i32;
+        assert!((-4095..=0).contains(&errno), "errno {errno}");
+        assert!(errno == 0 || len == 16, "an error has no body");
+        (
+            u64::from_le_bytes(bytes[8..16].try_into().unwrap()),
+            errno,
+            len - 16,
+        )
+    }
+
+    fn send(&mut self, opcode: u32, node: u64, body: &[u8]) -> u64 {
+        self.unique += 2;
+        let bytes = message(opcode, self.unique, node, body);
+        self.socket
+            .send(&bytes)
+            .expect("the session takes requests");
+        self.unique
+    }
+
+    /// Sends a request and waits for its answer, if it gets one. Returns whether it worked.
+    fn call(&mut self, opcode: u32, node: u64, body: &[u8]) -> bool {
+        let unique = self.send(opcode, node, body);
+        if matches!(opcode, FORGET | BATCH_FORGET) {
+            // No answer, unless it was too short to be known for what it is: the next ones tell.
+            self.waiting.push(unique);
+            return false;
+        }
+        loop {
+            let (to, errno, _) = self.receive();
+            if to == unique {
+                self.answered += 1;
+                return errno == 0;
+            }
+            let at = self.waiting.iter().position(|&u| u == to);
+            self.waiting
+                .swap_remove(at.expect("an answer to a request that waits for one"));
+        }
+    }
+}
+
+struct Requests(Vec<u8>);
+
+impl Requests {
+    fn add(&mut self, opcode: u32, node: u64, body: &[u8]) -> &mut Requests {
+        self.0.push(opcode as u8);
+        self.0.extend(node.to_le_bytes());
+        put_counted(&mut self.0, body);
+        self
+    }
+}
+
+/// Numbers one after another, four bytes each.
+fn words(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Numbers one after another, eight bytes each.
+fn longs(values: &[u64]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+fn named(head: &[u8], names: &[&str]) -> Vec<u8> {
+    let mut body = head.to_vec();
+    for name in names {
+        body.extend(name.as_bytes());
+        body.push(0);
+    }
+    body
+}
+
+/// Nodes of the valid store, as its tree numbers them.
+struct Nodes {
+    volume: u64,
+    live: u64,
+    snapshots: u64,
+    clones: u64,
+    diffs: u64,
+    snapshot: u64,
+    clone: u64,
+}
+
+fn nodes() -> Nodes {
+    let mut session = Session::start();
+    let mut find = |parent: u64, name: &str| {
+        assert!(
+            session.kernel.call(1, parent, &named(&[], &[name])),
+            "{name}"
+        );
+        u64::from_le_bytes(session.kernel.buffer[16..24].try_into().unwrap())
+    };
+    let volume = find(ROOT.0, "vm");
+    let (snapshots, clones) = (find(volume, "snapshots"), find(volume, "clones"));
+    let nodes = Nodes {
+        volume,
+        live: find(volume, "live.img"),
+        snapshots,
+        clones,
+        diffs: find(volume, "diffs"),
+        snapshot: find(snapshots, "b.img"),
+        clone: find(clones, "c.img"),
+    };
+    session.end();
+    nodes
+}
+
+fn seeds() -> Vec<Vec<u8>> {
+    let n = nodes();
+    let none = Requests(Vec::new());
+    let mut all = vec![none];
+    let mut seed = |requests: &mut Requests| {
+        // Handles count from the first one on: 1 is the first open of each seed.
+        all.push(Requests(std::mem::take(&mut requests.0)));
+    };
+    let new = || Requests(Vec::new());
+    let rw = words(&[2, 0]);
+    let read =
+        |fh: u64, at: u64, size: u32| [longs(&[fh, at]), words(&[size, 0, 0, 0, 0, 0])].concat();
+    let write = |fh: u64, at: u64, data: &[u8]| {
+        [
+            longs(&[fh, at]),
+            words(&[data.len() as u32, 0, 0, 0, 1, 0]),
+            data.to_vec(),
+        ]
+        .concat()
+    };
+    let release = |fh: u64| longs(&[fh, 0, 0]);
+    for (node, name) in [
+        (ROOT.0, "vm"),
+        (n.volume, "live.img"),
+        (n.snapshots, "b.img"),
+        (n.clones, "c.img"),
+        (n.volume, ".."),
+    ] {
+        seed(
+            new()
+                .add(1, node, &named(&[], &[name]))
+                .add(GETATTR, node, &[0; 16])
+                .add(FORGET, node, &longs(&[1])),
+        );
+    }
+    for node in [n.live, n.clone] {
+        seed(
+            new()
+                .add(14, node, &rw)
+                .add(16, node, &write(1, 5000, b"hello"))
+                .add(15, node, &read(1, 4096, 8192))
+                .add(
+                    43,
+                    node,
+                    &[longs(&[1, 4096, 4096]), words(&[3, 0])].concat(),
+                )
+                .add(
+                    43,
+                    node,
+                    &[longs(&[1, 0, 9000]), words(&[0x11, 0])].concat(),
+                )
+                .add(46, node, &[longs(&[1, 0]), words(&[3, 0])].concat())
+                .add(46, node, &[longs(&[1, 0]), words(&[4, 0])].concat())
+                .add(20, node, &[longs(&[1]), words(&[1, 0])].concat())
+                .add(25, node, &longs(&[1, 0, 0]))
+                .add(18, node, &release(1)),
+        );
+    }
+    seed(
+        new()
+            .add(14, n.snapshot, &words(&[0, 0]))
+            .add(15, n.snapshot, &read(1, 0, 65536))
+            .add(18, n.snapshot, &release(1)),
+    );
+    for directory in [ROOT.0, n.volume, n.snapshots, n.clones, n.diffs] {
+        seed(
+            new()
+                .add(27, directory, &words(&[0, 0]))
+                .add(28, directory, &read(1, 0, 4096))
+                .add(28, directory, &read(1, 2, 100))
+                .add(44, directory, &read(1, 0, 4096))
+                .add(30, directory, &[longs(&[1]), words(&[0, 0])].concat())
+                .add(29, directory, &release(1)),
+        );
+    }
+    let create = |flags: u32, name: &str| named(&words(&[flags, 0o600, 0o22, 0]), &[name]);
+    seed(
+        new()
+            .add(35, n.snapshots, &create(0o101, "new.img"))
+            .add(18, n.snapshot, &release(1))
+            .add(
+                12,
+                n.snapshots,
+                &named(&longs(&[n.snapshots]), &["new.img", "newer.img"]),
+            )
+            .add(
+                45,
+                n.snapshots,
+                &named(
+                    &[longs(&[n.snapshots]), words(&[1, 0])].concat(),
+                    &["newer.img", "new.img"],
+                ),
+            )
+            .add(10, n.snapshots, &named(&[], &["new.img"]))
+            .add(10, n.snapshots, &named(&[], &["b.img"])),
+    );
+    seed(
+        new()
+            .add(35, n.clones, &create(0o102, "made.img"))
+            .add(16, n.clone, &write(1, 0, &[7; 5000]))
+            .add(14, n.snapshot, &words(&[0, 0]))
+            .add(47, n.snapshot, &longs(&[2, 0, n.clone, 1, 0, 262_144, 0]))
+            .add(18, n.clone, &release(1)),
+    );
+    let linked = |of: u64, name: &str| named(&longs(&[of]), &[name]);
+    seed(
+        new()
+            .add(13, n.clones, &linked(n.snapshot, "l.img"))
+            .add(13, n.clones, &linked(n.clone, "m.img"))
+            .add(10, n.clones, &named(&[], &["c.img"])),
+    );
+    let xattr = |size: u32, name: &str| named(&words(&[size, 0]), &[name]);
+    seed(
+        new()
+            .add(22, n.live, &xattr(0, "user.stillframe.state"))
+            .add(22, n.snapshot, &xattr(4096, "user.stillframe.uuid"))
+            .add(23, n.live, &words(&[4096, 0]))
+            .add(
+                21,
+                n.live,
+                &[xattr(1, "user.stillframe.revert"), b"b".to_vec()].concat(),
+            )
+            .add(24, n.live, &named(&[], &["user.stillframe.revert"])),
+    );
+    // valid, padding, fh, size, lock owner, atime, mtime, ctime, six of four bytes, mode, unused, uid, gid, unused
+    let setattr = |valid: u32, size: u64| {
+        [
+            words(&[valid, 0]),
+            longs(&[0, size, 0, 0, 0, 0]),
+            words(&[0; 9]),
+        ]
+        .concat()
+    };
+    for node in [n.live, n.clone, n.snapshot] {
+        seed(
+            new()
+                .add(4, node, &setattr(8, 8192))
+                .add(4, node, &setattr(0x1b1, 0))
+                .add(17, node, &[])
+                .add(34, node, &words(&[4, 0])),
+        );
+    }
+    let name_only = named(&[], &["x"]);
+    seed(
+        new()
+            .add(6, n.volume, &named(&[], &["x", "y"]))
+            .add(8, n.volume, &named(&words(&[0o100_644, 0, 0, 0]), &["x"]))
+            .add(9, n.volume, &named(&words(&[0o755, 0]), &["x"]))
+            .add(11, n.volume, &name_only)
+            .add(5, n.live, &[])
+            .add(
+                39,
+                n.live,
+                &[longs(&[1]), words(&[0, 0]), longs(&[0]), words(&[0, 0])].concat(),
+            )
+            .add(
+                31,
+                n.live,
+                &[longs(&[1, 0, 0, 0]), words(&[0, 0, 0, 0])].concat(),
+            )
+            .add(36, 0, &longs(&[3]))
+            .add(42, 0, &[words(&[1, 0]), longs(&[n.live, 1])].concat())
+            .add(40, n.live, &[longs(&[1, 0]), words(&[0, 0])].concat()),
+    );
+    all.retain(|r| !r.0.is_empty());
+    all.into_iter().map(|r| r.0).collect()
+}
+
+struct Session {
+    kernel: Kernel,
+    handle: stillframe::fuse::SessionHandle,
+    engine: Arc<Engine>,
+    tree: Arc<Tree>,
+}
+
+/// Panics inside of the session are answered with EIO; the driver's hook counts them here.
+pub static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+impl Session {
+    fn start() -> Session {
+        let world = valid().world.fork(5);
+        let index = MemoryIndexHome::new();
+        let engine = Engine::open(environment(&world, &index), settings()).expect("a valid store");
+        let tree = Arc::new(Tree::new(Arc::clone(&engine), 0, 0, Arc::new(Status)));
+        let (socket, theirs) = UnixDatagram::pair().expect("a socket pair");
+        socket
+            .set_read_timeout(Some(PATIENCE))
+            .expect("a time limit");
+        let mut kernel = Kernel {
+            socket,
+            unique: 1,
+            buffer: vec![0; 2 << 20],
+            answered: 0,
+            waiting: Vec::new(),
+        };
+        let mut body = words(&[7, 45, 128 << 10, u32::MAX, 0]);
+        body.resize(64, 0);
+        kernel
+            .socket
+            .send(&message(INIT, 1, 0, &body))
+            .expect("it fits");
+        let options = Options {
+            event_threads: 1,
+            workers: 1,
+        };
+        let handle =
+            serve(OwnedFd::from(theirs), Arc::clone(&tree), options).expect("INIT is good");
+        assert_eq!((kernel.receive().0, kernel.unique), (1, 1));
+        Session {
+            kernel,
+            handle,
+            engine,
+            tree,
+        }
+    }
+
+    fn end(mut self) {
+        assert!(
+            self.kernel.call(GETATTR, ROOT.0, &[0; 16]),
+            "the session lives"
+        );
+        assert!(self.kernel.call(DESTROY, 0, &[]), "it can be ended");
+        self.handle.wait().expect("a good end");
+        assert!(self.tree.open_handles() <= 2 * REQUESTS);
+        self.engine.close().expect("the store stops cleanly");
+        let panics = std::mem::take(&mut *PANICS.lock().unwrap());
+        assert!(panics.is_empty(), "inside of the session: {panics:?}");
+    }
+}
+
+/// Requests in an input; what `run` sends.
+pub fn requests(input: &[u8]) -> usize {
+    let mut input = Input(input);
+    let mut count = 0;
+    while !input.0.is_empty() && count < REQUESTS {
+        input.take(9);
+        input.counted();
+        count += 1;
+    }
+    count
+}
+
+/// WRITE, SETXATTR and IOCTL say how long their data is, beside the header. No kernel lies there, and the
+/// library that reads it panics if one does (fuser 0.18), which ends the session.
+fn true_length(body: &[u8], at: usize, head: usize) -> Vec<u8> {
+    let mut body = body.to_vec();
+    if let Some(len) = body.len().checked_sub(head) {
+        body[at..at + 4].copy_from_slice(&(len as u32).to_le_bytes());
+    }
+    body
+}
+
+/// An answer is one datagram, and the system's limit for those is below the largest read.
+fn fits_the_socket(body: &[u8]) -> Vec<u8> {
+    const MOST: u32 = 128 << 10;
+    let mut body = body.to_vec();
+    if let Some(size) = body.get_mut(16..20) {
+        let asked = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
+        // What is far too large is refused by itself.
+        if (MOST..=64 << 20).contains(&asked) {
+            size.copy_from_slice(&MOST.to_le_bytes());
+        }
+    }
+    body
+}
+
+fn run(input: &[u8]) -> &'static str {
+    let mut session = Session::start();
+    let mut input = Input(input);
+    let mut good = false;
+    for _ in 0..REQUESTS {
+        if input.0.is_empty() {
+            break;
+        }
+        let (opcode, node, body) = (u32::from(input.u8()), input.u64(), input.counted());
+        let body = match opcode {
+            WRITE => true_length(body, 16, WRITE_HEAD),
+            READ | READDIR | READDIRPLUS => fits_the_socket(body),
+            IOCTL => true_length(body, 24, IOCTL_HEAD),
+            SETXATTR => {
+                let end = body.iter().skip(8).position(|&b| b == 0);
+                true_length(body, 0, end.map_or(usize::MAX, |end| 8 + end + 1))
+            }
+            _ => body.to_vec(),
+        };
+        // The end comes at the end.
+        if opcode != DESTROY {
+            good |= session.kernel.call(opcode, node, &body);
+        }
+    }
+    session.end();
+    match good {
+        true => "answered",
+        false => "refused",
+    }
+}

@@ -1,0 +1,48 @@
+//! What is fuzzed: functions from bytes to a verdict, and the valid inputs that mutations begin from.
+//!
+//! The same functions serve two drivers: `tests/fuzz/main.rs` (the stable one, in `cargo test`) and
+//! `fuzz/` (libFuzzer). A function takes any bytes, panics if the product does what it must not, and else
+//! says how far the bytes got. What stands behind a checksum is reached because the inputs are
+//! taken apart and the checksums made right by the target itself, unless a flag in the input asks for
+//! wrong ones.
+//!
+//! Files: [`bytes`] reading and writing inputs; [`disk`] files in memory; [`store`] a valid store that all
+//! seeds come from; one file for each target.
+
+pub mod bytes;
+pub mod catalog;
+pub mod control;
+pub mod disk;
+pub mod fuse;
+pub mod log;
+pub mod map;
+pub mod names;
+pub mod store;
+pub mod superblock;
+
+/// One thing to fuzz.
+pub struct Target {
+    /// Its name, as `STILLFRAME_FUZZ_TARGET` takes it.
+    pub name: &'static str,
+    /// Valid inputs.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+    /// Feeds an input; says how far it got, one of `reaches`.
+    pub run: fn(&[u8]) -> &'static str,
+    /// Every verdict: a run of many inputs must see each of them.
+    pub reaches: &'static [&'static str],
+    /// Pieces that mutations put into inputs.
+    pub tokens: &'static [&'static [u8]],
+    /// Longest input of a mutation.
+    pub max_len: usize,
+}
+
+/// All of them.
+pub const ALL: [Target; 7] = [
+    log::TARGET,
+    superblock::TARGET,
+    map::TARGET,
+    catalog::TARGET,
+    control::TARGET,
+    names::TARGET,
+    fuse::TARGET,
+];
