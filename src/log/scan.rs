@@ -446,7 +446,9 @@ impl State<'_, '_> {
                 bytes: at..at,
             })?;
         }
-        self.result.tail.lsn = self.last_lsn;
+        // Of a torn batch the one before it may be lost: the next one is behind both, or it would name
+        // one that is newer than itself.
+        self.result.tail.lsn = self.last_lsn.max(self.result.previous.lsn);
         Ok(())
     }
 }

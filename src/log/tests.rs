@@ -247,6 +247,58 @@ fn rot_at_the_end_of_a_closed_segment_is_known_from_the_next_one() {
 }
 
 #[test]
+fn what_follows_a_torn_batch_whose_predecessor_is_lost_is_newer_than_both() {
+    let world = SimWorld::new(3);
+    let log = open(&world, Resume::default());
+    let sink = Seen::default();
+    let mut ends = Vec::new();
+    for first in 0..400 {
+        log.append(&sink, vec![preserve(&log, first)]).unwrap();
+        let (lsn, segment, end) = log.end();
+        ends.push((segment, end, lsn));
+        // One more than the one that begins the second segment.
+        if segment == 2 && ends[ends.len() - 2].0 == 2 {
+            break;
+        }
+    }
+    drop(log);
+    world.kill();
+    let [
+        ..,
+        (1, before, _),
+        (1, _, _),
+        (2, begun, lost),
+        (2, _, torn),
+    ] = ends[..]
+    else {
+        panic!("two segments: {ends:?}");
+    };
+    let rot = |segment: u32, at: u64, end: u64| {
+        let path = format!("log/{}", segment::file_name(segment));
+        for block in (at..end).step_by(BLOCK as usize) {
+            world.poke(&path, block + 200, &[0xff; 8]);
+        }
+    };
+    rot(1, before, before + BLOCK);
+    rot(2, segment::BATCHES_AT, begun);
+    rot(2, begun + BLOCK, begun + 2 * BLOCK);
+    let (_, _, scanned) = scan(&world).unwrap();
+    assert!(scanned.torn && scanned.previous.lsn == lost.0 && lost < torn);
+    let log = open(&world, resume_of(&scanned));
+    log.append(&sink, vec![preserve(&log, 500)]).unwrap();
+    let (lsn, _, _) = log.end();
+    assert!(lsn > lost);
+    drop(log);
+    world.kill();
+    let (batches, _, _) = scan(&world).unwrap();
+    let last = batches.last().unwrap();
+    assert!(
+        last.0 == lsn.0 && last.1.contains(&500),
+        "acknowledged, and there"
+    );
+}
+
+#[test]
 fn after_a_failed_sync_nothing_more_goes_into_that_segment() {
     let world = SimWorld::new(6);
     let log = open(&world, Resume::default());
