@@ -1,5 +1,5 @@
 //! Two doors for `tests/fuzz/`, on plain bytes: the catalogue's readers, which nobody outside of this layer
-//! needs. Not an interface: nothing else may use it.
+//! needs. Not an interface, and only in a build with the feature `planted`, which nobody ships.
 //!
 //! Promises: whatever the bytes, an answer or an error, no panic. What is accepted is said again
 //! ([`Accepted::again`]) and looked over ([`Accepted::faults`]).

@@ -26,7 +26,7 @@ mod clones;
 mod diffs;
 mod engine;
 mod facts;
-#[doc(hidden)]
+#[cfg(feature = "planted")]
 pub mod fuzzing;
 mod layers;
 mod live;

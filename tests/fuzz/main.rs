@@ -2,8 +2,8 @@
 //! that breaks the rules of what it is taken for.
 //!
 //! Method: inputs that a real engine made, mutated from a printed seed, fed to the targets of
-//! [`targets`]. An execution is decided by the seed and its number alone, so any of them repeats
-//! alone. A watchdog ends the process when one takes too long, an allocator that counts when all of them
+//! [`targets`] (one of them only in a build with the feature `planted`). An input is decided by the seed and its number alone, so any of them repeats alone, or where
+//! inputs share a session, with those of its group before it. A watchdog ends the process when one takes too long, an allocator that counts when all of them
 //! take too much memory; the number of the execution is on disk before it begins.
 //!
 //! | variable | meaning |
@@ -15,7 +15,7 @@
 //! | `STILLFRAME_FUZZ_SEED` | the seed, decimal; the time by default, or what the state says |
 //! | `STILLFRAME_FUZZ_REPLAY` | with target and seed: only the execution of this number |
 //! | `STILLFRAME_FUZZ_INPUT` | with the target: only the bytes of this file |
-//! | `STILLFRAME_FUZZ_EXPORT` | write the seeds into this directory, for `fuzz/` |
+//! | `STILLFRAME_FUZZ_EXPORT` | write the seeds into this directory |
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -40,12 +40,13 @@ use crate::targets::{ALL, Target, fuse};
 #[global_allocator]
 static ALLOCATOR: Cap<System> = Cap::new(System, MEMORY_MAX);
 
-/// Most memory of all targets together; they need a tenth of it.
-const MEMORY_MAX: usize = 2 << 30;
+/// Most memory of all targets together, in bytes; they need a tenth of it. Who asks for more gets none, which
+/// ends the process.
+const MEMORY_MAX: usize = 512 << 20;
 /// Longest time of one execution on a busy machine.
 const HANG: Duration = Duration::from_secs(90);
 /// Executions after which a state is written.
-const SAVE_EVERY: u64 = 2000;
+const SAVE_EVERY: u64 = 2048;
 /// After so many executions every verdict of a target must have been seen.
 const ENOUGH: u64 = 3000;
 
@@ -194,10 +195,14 @@ fn found(target: &Target) -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
-/// Runs one input; on a panic says how to do that again, and panics.
-fn execute(target: &Target, input: &[u8], repeat: &dyn Fn() -> String) -> &'static str {
-    let verdict = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
-    verdict.unwrap_or_else(|panic| {
+/// Runs what is given an input; on a panic says how to do that again, and panics.
+fn guarded<T>(
+    target: &Target,
+    input: &[u8],
+    repeat: &dyn Fn() -> String,
+    run: &dyn Fn() -> T,
+) -> T {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let file = std::env::temp_dir().join(format!("stillframe-fuzz-{}", target.name));
         let kept = fs::write(&file, input).is_ok();
         eprintln!(
@@ -214,10 +219,24 @@ fn execute(target: &Target, input: &[u8], repeat: &dyn Fn() -> String) -> &'stat
     })
 }
 
+/// Runs one input.
+fn execute(target: &Target, input: &[u8], repeat: &dyn Fn() -> String) -> &'static str {
+    guarded(target, input, repeat, &|| (target.run)(input))
+}
+
+/// Runs one input alone.
+fn execute_alone(target: &Target, input: &[u8], repeat: &dyn Fn() -> String) -> &'static str {
+    let verdict = execute(target, input, repeat);
+    guarded(target, input, repeat, &target.reset);
+    verdict
+}
+
 /// Fuzzes one target; returns a line about it.
 fn fuzz(target: &'static Target) -> String {
     let seeds = seeds_of(target);
     let mut state = State::load(target.name);
+    // A group begins with its first input, also where a campaign goes on.
+    state.next -= state.next % target.group;
     let input_of = |state: &State, n: u64| {
         mutated(
             &seeds,
@@ -228,9 +247,13 @@ fn fuzz(target: &'static Target) -> String {
     };
     let repeat = |seed: u64, n: u64| move || how_to_repeat(target.name, seed, n);
     if let Some(n) = number("STILLFRAME_FUZZ_REPLAY") {
-        let input = input_of(&state, n);
-        println!("{}", hex(&input));
-        let verdict = execute(target, &input, &repeat(state.seed, n));
+        let mut verdict = "";
+        for n in n - n % target.group..=n {
+            let input = input_of(&state, n);
+            println!("{n}:\n{}", hex(&input));
+            verdict = execute(target, &input, &repeat(state.seed, n));
+        }
+        (target.reset)();
         return format!("{}: {verdict}", target.name);
     }
     let upto = number("STILLFRAME_FUZZ_EXECS");
@@ -252,6 +275,7 @@ fn fuzz(target: &'static Target) -> String {
     let (first, before) = (state.next, state.seconds);
     let mut verdicts: BTreeMap<&str, u64> = BTreeMap::new();
     let mut requests = 0;
+    let mut input = Vec::new();
     loop {
         let elapsed = now.began.elapsed();
         state.seconds = before + elapsed.as_secs_f64();
@@ -259,18 +283,23 @@ fn fuzz(target: &'static Target) -> String {
             Some(upto) => state.next >= upto,
             None => elapsed >= limit,
         };
-        if enough || state.next.is_multiple_of(SAVE_EVERY) {
+        let n = state.next;
+        if enough || n.is_multiple_of(target.group) {
+            // How the last group ended is no less a verdict than that of an input.
+            let last = repeat(state.seed, n.saturating_sub(1));
+            guarded(target, &input, &last, &target.reset);
+        }
+        if enough || n.is_multiple_of(SAVE_EVERY) {
             state.save();
         }
         if enough {
             break;
         }
-        let n = state.next;
         now.execution.store(n, Ordering::SeqCst);
         now.since
             .store(elapsed.as_millis() as u64, Ordering::SeqCst);
         journal.begin(n);
-        let input = input_of(&state, n);
+        input = input_of(&state, n);
         if target.name == fuse::TARGET.name {
             requests += fuse::requests(&input);
         }
@@ -333,9 +362,8 @@ impl Journal {
 }
 
 fn chosen() -> Vec<&'static Target> {
-    static TARGETS: [Target; ALL.len()] = ALL;
     let wanted = setting("STILLFRAME_FUZZ_TARGET");
-    let picked: Vec<&Target> = TARGETS
+    let picked: Vec<&Target> = ALL
         .iter()
         .filter(|t| wanted.as_deref().is_none_or(|name| name == t.name))
         .collect();
@@ -362,16 +390,16 @@ fn whatever_bytes_a_reader_is_given() {
     }
     if let Some(file) = setting("STILLFRAME_FUZZ_INPUT") {
         let bytes = fs::read(file).unwrap();
-        println!("{}", execute(chosen()[0], &bytes, &String::new));
+        println!("{}", execute_alone(chosen()[0], &bytes, &String::new));
         return;
     }
     watch_hangs();
     for target in chosen() {
         for (name, input) in found(target) {
-            execute(target, &input, &|| name.clone());
+            execute_alone(target, &input, &|| name.clone());
         }
     }
-    // Two at a time, the slowest first: each has its seconds, also on a machine with more cores.
+    // One on each core, the slowest first.
     let queue = Mutex::new(chosen());
     let failed = AtomicBool::new(false);
     let work = || {
@@ -396,6 +424,14 @@ fn whatever_bytes_a_reader_is_given() {
     });
     println!("at most {} MiB of memory", ALLOCATOR.max_allocated() >> 20);
     assert!(!failed.load(Ordering::SeqCst), "see above");
+}
+
+/// The harness itself: the bound on memory is one.
+#[test]
+fn nobody_gets_more_memory_than_there_is() {
+    let reserved = |len| Vec::<u8>::new().try_reserve_exact(len).is_ok();
+    assert!(reserved(1 << 20));
+    assert!(!reserved(MEMORY_MAX));
 }
 
 /// The harness itself: what seeds are made of is the store that the engine made, byte for byte.

@@ -10,10 +10,10 @@ use stillframe::log::scan::{Event, Scan};
 use stillframe::units::{BLOCK, Place};
 use stillframe::volume::fuzzing;
 
-use super::Target;
 use super::bytes::{Input, put_counted};
 use super::disk::MemDir;
 use super::store::{segments, valid};
+use super::{Target, nothing};
 
 pub const TARGET: Target = Target {
     name: "catalog",
@@ -44,6 +44,8 @@ pub const TARGET: Target = Target {
         b"..",
     ],
     max_len: 16 << 10,
+    group: 1,
+    reset: nothing,
 };
 
 /// The documents and all other records of the valid store, in the order of the log.

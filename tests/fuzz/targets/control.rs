@@ -13,7 +13,7 @@ use stillframe::daemon::protocol::{
 use stillframe::error::Kind;
 use stillframe::volume::OnFull;
 
-use super::Target;
+use super::{Target, nothing};
 
 pub const TARGET: Target = Target {
     name: "control",
@@ -50,6 +50,8 @@ pub const TARGET: Target = Target {
         b"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[",
     ],
     max_len: 8192,
+    group: 1,
+    reset: nothing,
 };
 
 /// Longest line here, so that the limit is met.

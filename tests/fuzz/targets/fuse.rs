@@ -1,10 +1,15 @@
 //! FUSE requests: a session over a socket pair, its INIT, and then whatever comes.
 //!
 //! Input: requests, each an opcode, a node and a body. The header says the true length (the kernel is
-//! trusted for that); everything behind it is free. Held: no handler panics, every request is answered at most
-//! once, to its number and with its own length, an error is one and has no body, and after all of them the
-//! session still answers and ends with DESTROY.
+//! trusted for that); everything behind it is free, but that a small number of a handle means the one that so
+//! many opens of this input before gave. Held: no handler panics, every request is answered at most
+//! once, to its number and with its own length, an error is one and has no body, and after each input
+//! whatever it opened can be released and nothing is open.
+//!
+//! A session is started for [`Target::group`] inputs, one after another, since starting one costs as much as a
+//! hundred requests. At its end it still answers, ends with DESTROY, the store stops cleanly, and opens again.
 
+use std::cell::RefCell;
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
@@ -15,6 +20,7 @@ use stillframe::error::Result;
 use stillframe::fuse::{Options, serve};
 use stillframe::map::memory::MemoryIndexHome;
 use stillframe::sys::disk::Space;
+use stillframe::sys::sim::SimWorld;
 use stillframe::tree::{ROOT, StatusFile, StatusSource, Tree};
 use stillframe::volume::Engine;
 
@@ -42,11 +48,19 @@ pub const TARGET: Target = Target {
         &[0xff, 0xff, 0xff, 0x7f],
     ],
     max_len: 8192,
+    group: 128,
+    reset,
 };
 
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
+const OPEN: u32 = 14;
+const RELEASE: u32 = 18;
 const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const CREATE: u32 = 35;
+const COPY_FILE_RANGE: u32 = 47;
 const READ: u32 = 15;
 const READDIR: u32 = 28;
 const READDIRPLUS: u32 = 44;
@@ -101,9 +115,10 @@ struct Kernel {
     socket: UnixDatagram,
     unique: u64,
     buffer: Vec<u8>,
-    answered: usize,
     /// Requests whose answer was not seen yet.
     waiting: Vec<u64>,
+    /// Node and handle of each open of this input.
+    opened: Vec<(u64, u64)>,
 }
 
 impl Kernel {
@@ -153,12 +168,67 @@ impl Kernel {
         loop {
             let (to, errno, _) = self.receive();
             if to == unique {
-                self.answered += 1;
+                if errno == 0 {
+                    self.note_open(opcode, node);
+                }
                 return errno == 0;
             }
             let at = self.waiting.iter().position(|&u| u == to);
             self.waiting
                 .swap_remove(at.expect("an answer to a request that waits for one"));
+        }
+    }
+}
+
+impl Kernel {
+    /// Keeps the handle that the answer in the buffer gives.
+    fn note_open(&mut self, opcode: u32, node: u64) {
+        let at = match opcode {
+            OPEN | OPENDIR => 16,
+            // Behind what is said of the entry.
+            CREATE => 16 + 128,
+            _ => return,
+        };
+        let handle = self.buffer[at..at + 8].try_into().unwrap();
+        self.opened.push((node, u64::from_le_bytes(handle)));
+    }
+
+    /// Puts the handle that the n-th open gave where the number n is one. A number that no open of this
+    /// input belongs to stays: it is that of no handle, or of one that is gone.
+    fn true_handles(&self, opcode: u32, body: &mut [u8]) {
+        let places: &[usize] = match opcode {
+            GETATTR | SETATTR => &[8],
+            COPY_FILE_RANGE => &[0, 24],
+            READ
+            | WRITE
+            | RELEASE
+            | 20
+            | 25
+            | READDIR
+            | 29..=33
+            | IOCTL
+            | 40
+            | 43
+            | READDIRPLUS
+            | 46 => &[0],
+            _ => &[],
+        };
+        for &at in places {
+            let Some(field) = body.get_mut(at..at + 8) else {
+                continue;
+            };
+            let n = u64::from_le_bytes(field.try_into().unwrap());
+            let nth = usize::try_from(n).ok().and_then(|n| n.checked_sub(1));
+            if let Some((_, handle)) = nth.and_then(|nth| self.opened.get(nth)) {
+                field.copy_from_slice(&handle.to_le_bytes());
+            }
+        }
+    }
+
+    /// Releases what this input opened, also what it released itself.
+    fn release_all(&mut self) {
+        for (node, handle) in std::mem::take(&mut self.opened) {
+            self.call(RELEASE, node, &longs(&[handle, 0, 0]));
         }
     }
 }
@@ -202,6 +272,9 @@ struct Nodes {
     diffs: u64,
     snapshot: u64,
     clone: u64,
+    overlay: u64,
+    list: u64,
+    list_to_live: u64,
 }
 
 fn nodes() -> Nodes {
@@ -215,14 +288,18 @@ fn nodes() -> Nodes {
     };
     let volume = find(ROOT.0, "vm");
     let (snapshots, clones) = (find(volume, "snapshots"), find(volume, "clones"));
+    let diffs = find(volume, "diffs");
     let nodes = Nodes {
         volume,
         live: find(volume, "live.img"),
         snapshots,
         clones,
-        diffs: find(volume, "diffs"),
+        diffs,
         snapshot: find(snapshots, "b.img"),
         clone: find(clones, "c.img"),
+        overlay: find(diffs, "b..y.qcow2"),
+        list: find(diffs, "b..y.json"),
+        list_to_live: find(diffs, "b..live.json"),
     };
     session.end();
     nodes
@@ -255,6 +332,10 @@ fn seeds() -> Vec<Vec<u8>> {
         (n.snapshots, "b.img"),
         (n.clones, "c.img"),
         (n.volume, ".."),
+        (n.diffs, "b..y.qcow2"),
+        (n.diffs, "b..live.json"),
+        (n.diffs, "y.img"),
+        (ROOT.0, ".stillframe"),
     ] {
         seed(
             new()
@@ -286,12 +367,16 @@ fn seeds() -> Vec<Vec<u8>> {
                 .add(18, node, &release(1)),
         );
     }
-    seed(
-        new()
-            .add(14, n.snapshot, &words(&[0, 0]))
-            .add(15, n.snapshot, &read(1, 0, 65536))
-            .add(18, n.snapshot, &release(1)),
-    );
+    for node in [n.snapshot, n.overlay, n.list, n.list_to_live] {
+        seed(
+            new()
+                .add(14, node, &words(&[0, 0]))
+                .add(15, node, &read(1, 0, 65536))
+                .add(15, node, &read(1, 65536, 4096))
+                .add(46, node, &[longs(&[1, 100]), words(&[4, 0])].concat())
+                .add(18, node, &release(1)),
+        );
+    }
     for directory in [ROOT.0, n.volume, n.snapshots, n.clones, n.diffs] {
         seed(
             new()
@@ -397,6 +482,8 @@ fn seeds() -> Vec<Vec<u8>> {
 }
 
 struct Session {
+    world: SimWorld,
+    index: MemoryIndexHome,
     kernel: Kernel,
     handle: stillframe::fuse::SessionHandle,
     engine: Arc<Engine>,
@@ -405,6 +492,11 @@ struct Session {
 
 /// Panics inside of the session are answered with EIO; the driver's hook counts them here.
 pub static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// The session that inputs go to, one after another.
+    static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
+}
 
 impl Session {
     fn start() -> Session {
@@ -420,8 +512,8 @@ impl Session {
             socket,
             unique: 1,
             buffer: vec![0; 2 << 20],
-            answered: 0,
             waiting: Vec::new(),
+            opened: Vec::new(),
         };
         let mut body = words(&[7, 45, 128 << 10, u32::MAX, 0]);
         body.resize(64, 0);
@@ -437,11 +529,45 @@ impl Session {
             serve(OwnedFd::from(theirs), Arc::clone(&tree), options).expect("INIT is good");
         assert_eq!((kernel.receive().0, kernel.unique), (1, 1));
         Session {
+            world,
+            index,
             kernel,
             handle,
             engine,
             tree,
         }
+    }
+
+    /// Sends one input; returns whether any request of it worked.
+    fn feed(&mut self, input: &[u8]) -> bool {
+        let mut input = Input(input);
+        let mut good = false;
+        for _ in 0..REQUESTS {
+            if input.0.is_empty() {
+                break;
+            }
+            let (opcode, node, body) = (u32::from(input.u8()), input.u64(), input.counted());
+            let mut body = body.to_vec();
+            match opcode {
+                WRITE => true_length(&mut body, 16, WRITE_HEAD),
+                READ | READDIR | READDIRPLUS => fits_the_socket(&mut body),
+                IOCTL => true_length(&mut body, 24, IOCTL_HEAD),
+                SETXATTR => {
+                    let end = body.iter().skip(8).position(|&b| b == 0);
+                    true_length(&mut body, 0, end.map_or(usize::MAX, |end| 8 + end + 1));
+                }
+                _ => {}
+            }
+            self.kernel.true_handles(opcode, &mut body);
+            // The end comes at the end.
+            if opcode != DESTROY {
+                good |= self.kernel.call(opcode, node, &body);
+            }
+        }
+        self.kernel.release_all();
+        assert_eq!(self.tree.open_handles(), 0, "everything was released");
+        check_panics();
+        good
     }
 
     fn end(mut self) {
@@ -451,11 +577,17 @@ impl Session {
         );
         assert!(self.kernel.call(DESTROY, 0, &[]), "it can be ended");
         self.handle.wait().expect("a good end");
-        assert!(self.tree.open_handles() <= 2 * REQUESTS);
         self.engine.close().expect("the store stops cleanly");
-        let panics = std::mem::take(&mut *PANICS.lock().unwrap());
-        assert!(panics.is_empty(), "inside of the session: {panics:?}");
+        check_panics();
+        drop((self.tree, self.engine));
+        let again = Engine::open(environment(&self.world, &self.index), settings());
+        drop(again.expect("the store opens again"));
     }
+}
+
+fn check_panics() {
+    let panics = std::mem::take(&mut *PANICS.lock().unwrap());
+    assert!(panics.is_empty(), "inside of the session: {panics:?}");
 }
 
 /// Requests in an input; what `run` sends.
@@ -472,18 +604,15 @@ pub fn requests(input: &[u8]) -> usize {
 
 /// WRITE, SETXATTR and IOCTL say how long their data is, beside the header. No kernel lies there, and the
 /// library that reads it panics if one does (fuser 0.18), which ends the session.
-fn true_length(body: &[u8], at: usize, head: usize) -> Vec<u8> {
-    let mut body = body.to_vec();
+fn true_length(body: &mut [u8], at: usize, head: usize) {
     if let Some(len) = body.len().checked_sub(head) {
         body[at..at + 4].copy_from_slice(&(len as u32).to_le_bytes());
     }
-    body
 }
 
 /// An answer is one datagram, and the system's limit for those is below the largest read.
-fn fits_the_socket(body: &[u8]) -> Vec<u8> {
+fn fits_the_socket(body: &mut [u8]) {
     const MOST: u32 = 128 << 10;
-    let mut body = body.to_vec();
     if let Some(size) = body.get_mut(16..20) {
         let asked = u32::from_le_bytes([size[0], size[1], size[2], size[3]]);
         // What is far too large is refused by itself.
@@ -491,36 +620,24 @@ fn fits_the_socket(body: &[u8]) -> Vec<u8> {
             size.copy_from_slice(&MOST.to_le_bytes());
         }
     }
-    body
 }
 
 fn run(input: &[u8]) -> &'static str {
-    let mut session = Session::start();
-    let mut input = Input(input);
-    let mut good = false;
-    for _ in 0..REQUESTS {
-        if input.0.is_empty() {
-            break;
+    SESSION.with_borrow_mut(|slot| {
+        // One that failed is gone.
+        let mut session = slot.take().unwrap_or_else(Session::start);
+        let good = session.feed(input);
+        *slot = Some(session);
+        match good {
+            true => "answered",
+            false => "refused",
         }
-        let (opcode, node, body) = (u32::from(input.u8()), input.u64(), input.counted());
-        let body = match opcode {
-            WRITE => true_length(body, 16, WRITE_HEAD),
-            READ | READDIR | READDIRPLUS => fits_the_socket(body),
-            IOCTL => true_length(body, 24, IOCTL_HEAD),
-            SETXATTR => {
-                let end = body.iter().skip(8).position(|&b| b == 0);
-                true_length(body, 0, end.map_or(usize::MAX, |end| 8 + end + 1))
-            }
-            _ => body.to_vec(),
-        };
-        // The end comes at the end.
-        if opcode != DESTROY {
-            good |= session.kernel.call(opcode, node, &body);
-        }
-    }
-    session.end();
-    match good {
-        true => "answered",
-        false => "refused",
+    })
+}
+
+/// Ends the session; the next input gets another.
+fn reset() {
+    if let Some(session) = SESSION.take() {
+        session.end();
     }
 }

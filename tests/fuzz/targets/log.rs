@@ -16,10 +16,10 @@ use stillframe::sys::disk::{Dir, Disk};
 use stillframe::units::{BLOCK, SECTOR};
 use stillframe::volume::Engine;
 
-use super::Target;
 use super::bytes::{Input, put_counted, trimmed};
 use super::disk::MemDir;
 use super::store::{environment, name, segments, settings, valid};
+use super::{Target, nothing};
 
 pub const TARGET: Target = Target {
     name: "log",
@@ -45,6 +45,8 @@ pub const TARGET: Target = Target {
         &[0, 0, 0, 0x80],
     ],
     max_len: 48 << 10,
+    group: 1,
+    reset: nothing,
 };
 
 /// Opens the engine, too.

@@ -17,9 +17,9 @@ use stillframe::map::page::{Content, Page};
 use stillframe::map::{Applied, ExtentMap, Run};
 use stillframe::units::{Epoch, Lsn, REGION_GRAINS, VolumeId};
 
-use super::Target;
 use super::bytes::{Input, put_counted};
 use super::store::valid;
+use super::{Target, nothing};
 
 pub const TARGET: Target = Target {
     name: "map",
@@ -38,6 +38,8 @@ pub const TARGET: Target = Target {
         &[0, 0, 0, 0x80],
     ],
     max_len: 16 << 10,
+    group: 1,
+    reset: nothing,
 };
 
 const CACHE: usize = 1 << 20;

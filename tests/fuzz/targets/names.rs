@@ -9,7 +9,7 @@ use stillframe::daemon::protocol::NewSize;
 use stillframe::log::segment;
 use stillframe::units::{Grain, Name, escape};
 
-use super::Target;
+use super::{Target, nothing};
 
 pub const TARGET: Target = Target {
     name: "names",
@@ -39,6 +39,8 @@ pub const TARGET: Target = Target {
         b".seg",
     ],
     max_len: 600,
+    group: 1,
+    reset: nothing,
 };
 
 fn seeds() -> Vec<Vec<u8>> {

@@ -113,6 +113,7 @@ fn make() -> Valid {
         .revert_volume(&odd, &name("z"), &mut |_, _| {})
         .unwrap();
     engine.delete_snapshot(&vm, &name("a")).unwrap();
+    engine.take_snapshots(&[(vm.clone(), name("y"))]).unwrap();
     work(&engine, 6);
     world.kill();
     let mut pairs = Vec::new();

@@ -10,10 +10,10 @@ use stillframe::log::superblock::{FILE, INCOMPAT_KNOWN, MARKS_MAX, SLOT_LEN, Sup
 
 use stillframe::units::COUNTER_MAX;
 
-use super::Target;
 use super::bytes::{Input, put_counted, trimmed};
 use super::disk::MemDir;
 use super::store::valid;
+use super::{Target, nothing};
 
 pub const TARGET: Target = Target {
     name: "superblock",
@@ -26,6 +26,8 @@ pub const TARGET: Target = Target {
         &[2, 0, 0, 0, 0xfd, 0xff, 0xff, 0xff],
     ],
     max_len: 4096,
+    group: 1,
+    reset: nothing,
 };
 
 const COUNT_AT: usize = 104;
