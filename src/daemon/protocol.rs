@@ -484,6 +484,14 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_is_one_line_whatever_it_quotes() {
+        let why = read(b"{\"do\":\"a\\nb\\u001b\"}\n", 100).unwrap_err();
+        assert_eq!(why.kind(), Kind::Invalid);
+        assert!(why.chain().contains("not understood"));
+        assert!(why.chain().bytes().all(|b| (0x20..0x7f).contains(&b)));
+    }
+
+    #[test]
     fn requests_come_through_whole() {
         let requests = [
             Request::Status {},

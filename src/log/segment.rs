@@ -204,8 +204,36 @@ mod tests {
     fn only_exact_names_are_segments() {
         assert_eq!(number("000001.seg"), Some(1));
         assert_eq!(number("1000000.seg"), Some(1_000_000));
-        for name in ["1.seg", "000000.seg", "000001.seg~", "+00001.seg", "x.seg"] {
+        assert_eq!(number("2147483647.seg"), Some(NUMBER_MAX));
+        for name in [
+            "1.seg",
+            "000000.seg",
+            "000001.seg~",
+            "+00001.seg",
+            "x.seg",
+            "2147483648.seg",
+        ] {
             assert_eq!(number(name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn a_head_counts_no_further_than_anybody_has() {
+        let keys = Keys::derive(&[3; 32], Uuid([9; 16]));
+        let read = |generation, last_lsn| {
+            let head = Head {
+                store: Uuid([9; 16]),
+                segment: 2,
+                generation,
+                before: Predecessor {
+                    last_lsn,
+                    ..Predecessor::default()
+                },
+            };
+            Head::decode(&head.encode(&keys), &keys, head.store, 2)
+        };
+        assert!(read(COUNTER_MAX, COUNTER_MAX).is_ok());
+        assert!(read(COUNTER_MAX + 1, 0).is_err());
+        assert!(read(1, u64::MAX).is_err());
     }
 }

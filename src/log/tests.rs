@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Kind, Result};
+use crate::log::batch::{Batch, Previous};
 use crate::log::commit::{Durable, Entry, Log, LogConfig, Resume, Sink};
 use crate::log::keys::Keys;
 use crate::log::record::{Record, RecordType};
@@ -244,6 +245,34 @@ fn rot_at_the_end_of_a_closed_segment_is_known_from_the_next_one() {
             .iter()
             .any(|(lsn, firsts, copy)| *lsn == 6 && firsts == &[14] && *copy)
     );
+}
+
+#[test]
+fn a_batch_that_is_older_than_the_one_before_it_is_none() {
+    let world = SimWorld::new(3);
+    five(&world);
+    world.kill();
+    let (batches, _, scanned) = scan(&world).unwrap();
+    let stale = |lsn| Batch {
+        store: STORE,
+        segment: scanned.tail.segment,
+        generation: scanned.tail.generation,
+        lsn,
+        durable_upto: lsn - 1,
+        time_ns: 0,
+        offset: scanned.tail.end,
+        payload_blocks: 0,
+        records: vec![Record::run(RecordType::Zero, 1, 1, 99, 1)],
+        previous: Previous::default(),
+    };
+    for (lsn, taken) in [(6, false), (7, true)] {
+        let (bytes, _) = stale(lsn).encode(&keys());
+        world.poke("log/000001.seg", scanned.tail.end, &bytes);
+        let (again, lost, rescanned) = scan(&world).unwrap();
+        assert_eq!(again.len(), batches.len() + usize::from(taken));
+        assert!(lost.is_empty());
+        assert_eq!(rescanned.tail.end > scanned.tail.end, taken);
+    }
 }
 
 #[test]

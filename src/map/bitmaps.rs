@@ -698,6 +698,35 @@ mod tests {
         assert_eq!(runs(&sets.changed), [0..2, 3..5, 6..20]);
     }
 
+    /// Keys and values with right checksums that no writer makes.
+    #[test]
+    fn what_no_writer_makes_is_damaged() {
+        use crate::map::keys::PageKey;
+        let key = |epoch, chunk| ChunkKey {
+            volume: VolumeId(1),
+            epoch: Epoch(epoch),
+            chunk,
+        };
+        let last = GRAINS_MAX / CHUNK_GRAINS - 1;
+        let good = key(COUNTER_MAX, last);
+        assert_eq!(ChunkKey::decode(&good.encode()).unwrap(), good);
+        assert!(ChunkKey::decode(&key(COUNTER_MAX + 1, 0).encode()).is_err());
+        assert!(ChunkKey::decode(&key(1, last + 1).encode()).is_err());
+        let page = |epoch| PageKey {
+            volume: VolumeId(1),
+            region: 0,
+            epoch: Epoch(epoch),
+        };
+        assert!(PageKey::decode(&page(COUNTER_MAX).encode()).is_ok());
+        assert!(PageKey::decode(&page(u64::MAX).encode()).is_err());
+        // A chunk of nothing.
+        let mut empty = vec![0; HEADER];
+        empty[0] = VERSION;
+        let sum = checksum(&good.encode(), &empty);
+        empty[CHECKSUM_AT..HEADER].copy_from_slice(&sum.to_le_bytes());
+        assert!(decode_chunk(good, &empty, &mut EpochSets::default()).is_err());
+    }
+
     #[test]
     fn damage_is_noticed_and_never_a_panic() {
         let mut random = Random(5);

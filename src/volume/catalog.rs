@@ -856,6 +856,75 @@ mod tests {
         }
     }
 
+    /// Records that fuzzing got past the readers, and the largest that are good.
+    #[test]
+    fn what_no_writer_says_is_damaged() {
+        let volume = |change: &dyn Fn(&mut VolumeEntry)| {
+            let mut entry = sample().volumes[&7].clone();
+            change(&mut entry);
+            volume_record(7, &entry)
+        };
+        let snap = |epoch, change: &dyn Fn(&mut SnapEntry)| {
+            let mut entry = sample().volumes[&7].snapshots[&3].clone();
+            change(&mut entry);
+            snap_record(7, epoch, &entry)
+        };
+        let mut store = Writer::new();
+        store.u32(0).u32(u32::MAX).u64(5000).u32(1).u32(1);
+        let store = Record::plain(RecordType::Store, 0, 0, store.finish());
+        let good = [
+            volume(&|v| v.size = VOLUME_SIZE_MAX),
+            snap(20, &|s| s.size = VOLUME_SIZE_MAX),
+            Record::grains(RecordType::Zero, 7, 12, 0..1, 65536),
+            resize_record(7, 1, VOLUME_SIZE_MAX),
+        ];
+        for (n, record) in good.iter().enumerate() {
+            assert!(sample().apply(record).is_ok(), "{n}");
+        }
+        let bad = [
+            volume(&|v| v.size = u64::MAX),
+            volume(&|v| v.ino_base = u64::MAX),
+            volume(&|v| v.epoch = u64::MAX),
+            Record {
+                volume: u32::MAX,
+                ..volume(&|_| {})
+            },
+            snap(20, &|s| s.ino = u64::MAX),
+            snap(20, &|s| s.size = u64::MAX),
+            snap(u64::MAX, &|_| {}),
+            resize_record(7, 1, u64::MAX),
+            revert_end_record(7, 9, u64::MAX, 1),
+            Record::grains(RecordType::Zero, 7, 12, 0..1, 4096),
+            store,
+        ];
+        for (n, record) in bad.iter().enumerate() {
+            let why = sample().apply(record).map(|()| n).unwrap_err();
+            assert_eq!(why.kind(), Kind::Damaged, "{n}");
+        }
+    }
+
+    #[test]
+    fn a_volume_keeps_its_epoch_and_a_bookmark_its_own() {
+        let mut catalog = sample();
+        let mut older = catalog.volumes[&7].clone();
+        older.epoch = 2;
+        catalog.apply(&volume_record(7, &older)).unwrap();
+        assert_eq!(catalog.volumes[&7].epoch, 12);
+        let snap = catalog.volumes[&7].snapshots[&3].clone();
+        let bookmark = BookmarkEntry {
+            uuid: snap.uuid,
+            ino: snap.ino,
+            taken_ns: snap.taken_ns,
+            mtime_ns: snap.mtime_ns,
+            size: snap.size,
+            name: snap.name.clone(),
+            state: SnapshotState::Active,
+        };
+        catalog.apply(&bookmark_record(7, 3, &bookmark)).unwrap();
+        let again = catalog.apply(&snap_record(7, 3, &snap));
+        assert_eq!(again.unwrap_err().kind(), Kind::Damaged);
+    }
+
     #[test]
     fn a_catalogue_survives_its_encoding() {
         let catalog = sample();

@@ -531,6 +531,29 @@ mod tests {
     }
 
     #[test]
+    fn a_clone_takes_no_layer_of_another_volume() {
+        let mut catalog = cloned();
+        let other = catalog.volumes[&1].clone();
+        catalog.apply(&volume_record(2, &other)).unwrap();
+        let mut thief = clone(9, 3);
+        thief.volume = 2;
+        let layers = [(3, layer(Base::Nothing))];
+        let why = catalog.apply(&clone_record(9, &thief, &layers));
+        assert_eq!(why.unwrap_err().kind(), Kind::Damaged);
+    }
+
+    #[test]
+    fn a_clone_under_which_a_layer_moves_to_nothing_known_fails() {
+        let mut catalog = cloned();
+        let layers = [(1, layer(Base::Snapshot(77)))];
+        catalog
+            .apply(&clone_record(1, &clone(1, 2), &layers))
+            .unwrap();
+        let failed = |id| matches!(catalog.clones[&id].state, SnapshotState::Failed(_));
+        assert!(failed(1) && failed(2));
+    }
+
+    #[test]
     fn a_layer_on_itself_or_a_newer_one_is_damaged() {
         let mut catalog = catalog();
         for base in [1, 2] {
