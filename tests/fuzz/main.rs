@@ -160,7 +160,7 @@ fn watch_hangs() {
 fn how_to_repeat(target: &str, seed: u64, execution: u64) -> String {
     format!(
         "repeat it with: STILLFRAME_FUZZ_TARGET={target} STILLFRAME_FUZZ_SEED={seed} \
-         STILLFRAME_FUZZ_REPLAY={execution} cargo test --test fuzz -- --nocapture"
+         STILLFRAME_FUZZ_REPLAY={execution} cargo test --features planted --test fuzz -- --nocapture"
     )
 }
 

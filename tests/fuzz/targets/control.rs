@@ -55,7 +55,7 @@ pub const TARGET: Target = Target {
 };
 
 /// Longest line here, so that the limit is met.
-const MAX: u64 = 6000;
+const MAX: u64 = 700;
 
 fn requests() -> Vec<Request> {
     let (name, volume, new) = ("s1".to_owned(), "vm".to_owned(), "s2".to_owned());

@@ -74,6 +74,9 @@ const WRITE_HEAD: usize = 40;
 const DESTROY: u32 = 38;
 const BATCH_FORGET: u32 = 42;
 
+/// Behind it are the numbers that mean the node of an open of the same input. No tree gives such numbers.
+const OPENED: u64 = 1 << 56;
+
 /// How long an answer may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Requests of one input.
@@ -117,7 +120,7 @@ struct Kernel {
     buffer: Vec<u8>,
     /// Requests whose answer was not seen yet.
     waiting: Vec<u64>,
-    /// Node and handle of each open of this input.
+    /// Node and handle of each open of this input; the node of a CREATE is the one it made.
     opened: Vec<(u64, u64)>,
 }
 
@@ -183,14 +186,21 @@ impl Kernel {
 impl Kernel {
     /// Keeps the handle that the answer in the buffer gives.
     fn note_open(&mut self, opcode: u32, node: u64) {
-        let at = match opcode {
-            OPEN | OPENDIR => 16,
-            // Behind what is said of the entry.
-            CREATE => 16 + 128,
+        let said = |at: usize| u64::from_le_bytes(self.buffer[at..at + 8].try_into().unwrap());
+        let opened = match opcode {
+            OPEN | OPENDIR => (node, said(16)),
+            // The handle is behind what is said of the entry.
+            CREATE => (said(16), said(16 + 128)),
             _ => return,
         };
-        let handle = self.buffer[at..at + 8].try_into().unwrap();
-        self.opened.push((node, u64::from_le_bytes(handle)));
+        self.opened.push(opened);
+    }
+
+    /// The node of the n-th open where the number is that of [`OPENED`] and n.
+    fn true_node(&self, node: u64) -> u64 {
+        let nth = node.checked_sub(OPENED + 1);
+        let nth = nth.and_then(|nth| self.opened.get(usize::try_from(nth).ok()?));
+        nth.map_or(node, |&(node, _)| node)
     }
 
     /// Puts the handle that the n-th open gave where the number n is one. A number that no open of this
@@ -272,13 +282,15 @@ struct Nodes {
     diffs: u64,
     snapshot: u64,
     clone: u64,
+    growing: u64,
+    growing_clones: u64,
     overlay: u64,
     list: u64,
     list_to_live: u64,
 }
 
 fn nodes() -> Nodes {
-    let mut session = Session::start();
+    let mut session = Session::start(false);
     let mut find = |parent: u64, name: &str| {
         assert!(
             session.kernel.call(1, parent, &named(&[], &[name])),
@@ -289,6 +301,8 @@ fn nodes() -> Nodes {
     let volume = find(ROOT.0, "vm");
     let (snapshots, clones) = (find(volume, "snapshots"), find(volume, "clones"));
     let diffs = find(volume, "diffs");
+    let odd = find(ROOT.0, "odd");
+    let growing_clones = find(odd, "clones");
     let nodes = Nodes {
         volume,
         live: find(volume, "live.img"),
@@ -297,6 +311,8 @@ fn nodes() -> Nodes {
         diffs,
         snapshot: find(snapshots, "b.img"),
         clone: find(clones, "c.img"),
+        growing: find(growing_clones, "e.img"),
+        growing_clones,
         overlay: find(diffs, "b..y.qcow2"),
         list: find(diffs, "b..y.json"),
         list_to_live: find(diffs, "b..live.json"),
@@ -455,6 +471,99 @@ fn seeds() -> Vec<Vec<u8>> {
                 .add(34, node, &words(&[4, 0])),
         );
     }
+    let whole = |valid: u32, size: u64, mode: u32, id: u32| {
+        [
+            words(&[valid, 0]),
+            longs(&[1, size, 0, 0, 0, 0]),
+            words(&[0, 0, 0, mode, 0, id, id, 0, 0]),
+        ]
+        .concat()
+    };
+    // What grows, what is written anew, and what was made here.
+    for (node, how) in [
+        (n.growing, 2),
+        (n.growing, 0o1002),
+        (n.live, 0o1002),
+        (n.clone, 0o1001),
+    ] {
+        seed(
+            new()
+                .add(14, node, &words(&[how, 0]))
+                .add(16, node, &write(1, 0, &[5; 5000]))
+                .add(16, node, &write(1, 7, &[]))
+                .add(4, node, &whole(8, 4096, 0, 0))
+                .add(4, node, &whole(8 | 64, 9000, 0, 0))
+                .add(4, node, &whole(8 | 64, 262_144, 0, 0))
+                .add(25, node, &longs(&[1, 0, 0]))
+                .add(18, node, &release(1)),
+        );
+    }
+    let made = OPENED + 1;
+    for (directory, how) in [
+        (n.clones, 0o102),
+        (n.growing_clones, 0o1102),
+        (n.snapshots, 0o101),
+    ] {
+        seed(
+            new()
+                .add(35, directory, &create(how, "m.img"))
+                .add(4, made, &whole(48, 0, 0, 0))
+                .add(4, made, &whole(1, 0, 0o100_777, 0))
+                .add(4, made, &whole(8, 70_000, 0, 7))
+                .add(16, made, &write(1, 60_000, &[3; 9000]))
+                .add(47, n.snapshot, &longs(&[2, 0, made, 1, 0, 262_144, 0]))
+                .add(
+                    12,
+                    directory,
+                    &named(&longs(&[directory]), &["m.img", "n.img"]),
+                )
+                .add(3, made, &[0; 16])
+                .add(10, directory, &named(&[], &["n.img"]))
+                .add(3, made, &[0; 16])
+                .add(15, made, &read(1, 0, 4096))
+                .add(2, made, &longs(&[1])),
+        );
+    }
+    for (node, directory, from) in [
+        (n.snapshot, n.snapshots, "b.img"),
+        (n.clone, n.clones, "c.img"),
+        (n.overlay, n.snapshots, "b.img"),
+        (n.list, n.snapshots, "y.img"),
+    ] {
+        // Open, and by another name; open, and gone.
+        seed(
+            new()
+                .add(1, directory, &named(&[], &[from]))
+                .add(14, node, &words(&[0, 0]))
+                .add(
+                    12,
+                    directory,
+                    &named(&longs(&[directory]), &[from, "r.img"]),
+                )
+                .add(3, node, &[0; 16])
+                .add(10, directory, &named(&[], &["r.img"]))
+                .add(3, node, &[0; 16])
+                .add(15, node, &read(1, 0, 65536))
+                .add(14, node, &words(&[0, 0]))
+                .add(18, node, &release(1))
+                .add(3, node, &[0; 16]),
+        );
+    }
+    for (from, to, len) in [
+        (0, 4096, 8192),
+        (0, 0, 0),
+        (4096, 4096, 8192),
+        (0, 0, 1 << 40),
+    ] {
+        seed(
+            new()
+                .add(14, n.growing, &rw)
+                .add(14, n.clone, &rw)
+                .add(14, n.snapshot, &words(&[0, 0]))
+                .add(47, n.snapshot, &longs(&[3, from, n.clone, 2, to, len, 0]))
+                .add(47, n.clone, &longs(&[2, from, n.growing, 1, to, len, 0])),
+        );
+    }
     let name_only = named(&[], &["x"]);
     seed(
         new()
@@ -499,7 +608,8 @@ thread_local! {
 }
 
 impl Session {
-    fn start() -> Session {
+    /// `old`: as a kernel that can do little; one after another, the inputs of a session decide.
+    fn start(old: bool) -> Session {
         let world = valid().world.fork(5);
         let index = MemoryIndexHome::new();
         let engine = Engine::open(environment(&world, &index), settings()).expect("a valid store");
@@ -515,7 +625,8 @@ impl Session {
             waiting: Vec::new(),
             opened: Vec::new(),
         };
-        let mut body = words(&[7, 45, 128 << 10, u32::MAX, 0]);
+        let (minor, flags) = if old { (31, 0) } else { (45, u32::MAX) };
+        let mut body = words(&[7, minor, 128 << 10, flags, 0]);
         body.resize(64, 0);
         kernel
             .socket
@@ -547,6 +658,7 @@ impl Session {
                 break;
             }
             let (opcode, node, body) = (u32::from(input.u8()), input.u64(), input.counted());
+            let node = self.kernel.true_node(node);
             let mut body = body.to_vec();
             match opcode {
                 WRITE => true_length(&mut body, 16, WRITE_HEAD),
@@ -625,7 +737,8 @@ fn fits_the_socket(body: &mut [u8]) {
 fn run(input: &[u8]) -> &'static str {
     SESSION.with_borrow_mut(|slot| {
         // One that failed is gone.
-        let mut session = slot.take().unwrap_or_else(Session::start);
+        let start = || Session::start(input.len() % 4 == 3);
+        let mut session = slot.take().unwrap_or_else(start);
         let good = session.feed(input);
         *slot = Some(session);
         match good {

@@ -1,6 +1,7 @@
 //! The extent map: pages, sets and the position in the log, one by one and as a whole index.
 //!
-//! Input: pairs of key and value, with a byte of flags each (1: the checksum stays as it is). Held: a page
+//! Input: pairs of key and value, with a byte of flags each (1: the checksum stays as it is), or grains as the
+//! log holds them. Held: a page
 //! or a chunk of sets that is taken keeps its own rules and is what its writer writes; a map that opens
 //! answers every question with an answer or an error, and the same ones after it was written back.
 
@@ -8,7 +9,7 @@ use std::ops::Range;
 
 use stillframe::error::Kind;
 use stillframe::map::bitmaps::{
-    CHUNK_GRAINS, ChunkKey, EpochSets, SETS_NAMESPACE, decode_chunk, encode_chunk,
+    CHUNK_GRAINS, ChunkKey, EpochSets, GrainSet, SETS_NAMESPACE, decode_chunk, encode_chunk,
 };
 use stillframe::map::index::{IndexHome, KEY_MAX, VALUE_MAX};
 use stillframe::map::keys::{PAGE_NAMESPACE, PageKey, checksum};
@@ -42,7 +43,11 @@ pub const TARGET: Target = Target {
     reset: nothing,
 };
 
-const CACHE: usize = 1 << 20;
+/// Bytes of pages that are kept: a few, so that they go and come again.
+const CACHE: usize = 16 << 10;
+/// First byte of a key that is none of the map's: its value is grains as a BITMAP of the log holds them, and
+/// what follows says the first of them, in half chunks.
+const BITS: u8 = b'T';
 const SUM_AT: usize = 16;
 const APPLIED_SUM_AT: usize = 40;
 
@@ -90,6 +95,7 @@ fn seeds() -> Vec<Vec<u8>> {
     let made = [
         (key.encode(), page.encode(key).unwrap()),
         (chunk.encode(), encode_chunk(chunk, &sets).unwrap()),
+        (vec![BITS, 4], sets.touched_bytes(0)),
     ];
     seeds.push(some(&made));
     seeds
@@ -170,7 +176,23 @@ fn check_sets(key: &[u8], value: &[u8]) -> Option<ChunkKey> {
     let mut again = EpochSets::default();
     decode_chunk(key, &bytes, &mut again).expect("what was written is read");
     assert_eq!(again, sets);
+    let touched = GrainSet::from_chunk_bytes(all.start, &sets.touched_bytes(key.chunk));
+    let touched = touched.expect("what was written is read");
+    let parts = [&sets.data, &sets.zero, &sets.changed].map(GrainSet::len);
+    assert_eq!(touched.len(), parts.iter().sum::<u64>());
     Some(key)
+}
+
+/// The grains of a chunk as a BITMAP in the log holds them.
+fn check_bits(first: u64, bytes: &[u8]) {
+    if let Some(set) = GrainSet::from_chunk_bytes(first, bytes) {
+        let all = first..first.saturating_add(CHUNK_GRAINS);
+        assert!(first.is_multiple_of(CHUNK_GRAINS));
+        assert!(
+            set.ranges()
+                .all(|run| run.start >= all.start && run.end <= all.end)
+        );
+    }
 }
 
 /// The grains around where a page or chunk is.
@@ -203,6 +225,11 @@ fn run(input: &[u8]) -> &'static str {
         }
         if flags & 1 == 0 {
             sign(&key, &mut value);
+        }
+        if key[0] == BITS {
+            let first: u64 = key.iter().skip(1).fold(0, |n, &b| n << 8 | u64::from(b));
+            check_bits(first.wrapping_mul(CHUNK_GRAINS / 2), &value);
+            continue;
         }
         match key[0] {
             PAGE_NAMESPACE => pages.extend(check_page(&key, &value)),
