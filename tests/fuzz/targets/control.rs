@@ -3,7 +3,7 @@
 //! Input: a byte that says which, then the stream. Held: a message that was understood says the same
 //! when it is sent again; what is refused is `Invalid`; no line is read beyond its limit.
 
-use std::io::BufReader;
+use std::io::{self, BufReader, Read};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -170,6 +170,28 @@ fn seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
+/// A stream that a signal interrupts before its first byte, and that comes in two parts.
+struct Interrupted<'a> {
+    rest: &'a [u8],
+    reads: usize,
+}
+
+impl Read for Interrupted<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.reads += 1;
+        let most = match self.reads {
+            1 => return Err(io::ErrorKind::Interrupted.into()),
+            2 => self.rest.len().div_ceil(2),
+            _ => self.rest.len(),
+        };
+        let len = most.min(buf.len());
+        let (now, later) = self.rest.split_at(len);
+        buf[..len].copy_from_slice(now);
+        self.rest = later;
+        Ok(len)
+    }
+}
+
 fn line_of(message: &impl Serialize) -> Vec<u8> {
     let mut line = Vec::new();
     send(&mut line, message).expect("what was read can be written");
@@ -177,7 +199,10 @@ fn line_of(message: &impl Serialize) -> Vec<u8> {
 }
 
 fn read<T: DeserializeOwned + Serialize>(stream: &[u8], what: &'static str) -> &'static str {
-    let mut reader = BufReader::new(stream);
+    let mut reader = BufReader::new(Interrupted {
+        rest: stream,
+        reads: 0,
+    });
     let message: T = match receive(&mut reader, MAX) {
         Ok(Some(message)) => message,
         Ok(None) => {

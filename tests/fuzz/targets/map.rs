@@ -44,7 +44,7 @@ pub const TARGET: Target = Target {
 };
 
 /// Bytes of pages that are kept: a few, so that they go and come again.
-const CACHE: usize = 16 << 10;
+const CACHE: usize = 1 << 10;
 /// First byte of a key that is none of the map's: its value is grains as a BITMAP of the log holds them, and
 /// what follows says the first of them, in half chunks.
 const BITS: u8 = b'T';
@@ -273,6 +273,10 @@ fn ask(
         match &answer {
             Ok(runs) => check_plan(grains.clone(), runs),
             Err(e) => assert!(matches!(e.kind(), Kind::Damaged | Kind::Invalid), "{e:?}"),
+        }
+        for grains in [grains.end..grains.start, grains.start..u64::MAX] {
+            let refused = map.plan(*volume, *epoch, 1, grains).unwrap_err();
+            assert_eq!(refused.kind(), Kind::Invalid, "no range of a volume");
         }
         let next = Epoch(epoch.0.saturating_add(1));
         let kept = map.preserved_since(*volume, *epoch);
