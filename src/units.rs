@@ -20,6 +20,13 @@ pub const GRAIN_MAX: u32 = 1 << 20;
 /// The largest volume in bytes: file offsets are signed.
 pub const VOLUME_SIZE_MAX: u64 = i64::MAX as u64;
 
+/// One past the largest grain number that any volume can have.
+pub const GRAINS_MAX: u64 = VOLUME_SIZE_MAX / BLOCK + 1;
+
+/// The largest value of an epoch, LSN, generation, inode number or sequence that is taken from a medium.
+/// None was ever counted so far; whatever is larger is damage, and adding to it could overflow.
+pub const COUNTER_MAX: u64 = u64::MAX / 2;
+
 /// A volume's number: unique in its store, never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VolumeId(pub u32);

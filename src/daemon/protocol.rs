@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::image::diff::DiffList;
+use crate::units::escape;
 use crate::volume::OnFull;
 
 /// Longest request line in bytes.
@@ -467,9 +468,11 @@ pub fn receive<T: DeserializeOwned>(stream: &mut impl BufRead, max: u64) -> Resu
     if line.pop() != Some(b'\n') {
         return Err(Error::new(Kind::Invalid, "message ends in the middle"));
     }
-    serde_json::from_slice(&line)
-        .map(Some)
-        .map_err(|e| Error::with_source(Kind::Invalid, "message is not understood", e))
+    serde_json::from_slice(&line).map(Some).map_err(|e| {
+        // What it says quotes the message, line breaks and all.
+        let why = escape(&e.to_string());
+        Error::new(Kind::Invalid, format!("message is not understood: {why}"))
+    })
 }
 
 #[cfg(test)]
@@ -478,6 +481,14 @@ mod tests {
 
     fn read(bytes: &[u8], max: u64) -> Result<Option<Request>> {
         receive(&mut io::BufReader::new(bytes), max)
+    }
+
+    #[test]
+    fn a_refusal_is_one_line_whatever_it_quotes() {
+        let why = read(b"{\"do\":\"a\\nb\\u001b\"}\n", 100).unwrap_err();
+        assert_eq!(why.kind(), Kind::Invalid);
+        assert!(why.chain().contains("not understood"));
+        assert!(why.chain().bytes().all(|b| (0x20..0x7f).contains(&b)));
     }
 
     #[test]

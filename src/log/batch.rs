@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
 use crate::log::keys::{Keys, Sum128};
 use crate::log::record::{Record, decode_table, encode_table};
-use crate::units::{BLOCK, Place, SECTOR, Uuid};
+use crate::units::{BLOCK, COUNTER_MAX, Place, SECTOR, Uuid};
 
 /// First bytes of a commit block.
 pub const MAGIC: [u8; 8] = *b"SFbatch1";
@@ -262,14 +262,13 @@ pub fn decode(bytes: &[u8], keys: &Keys) -> Result<(Batch, Sum128)> {
     let mut r = Reader::new(&signed[HEADER_LEN..], "a commit block");
     let records = decode_table(r.raw(table_len)?, count)?;
     previous.records = decode_table(r.raw(copy_len)?, copy_count)?;
-    for record in &records {
-        let blocks = u64::from(record.payload.len).div_ceil(BLOCK);
-        let first = (bytes.len() as u64).div_ceil(BLOCK);
-        let end = first + u64::from(payload_blocks);
-        let start = u64::from(record.payload.block);
-        if record.payload.len > 0 && (start < first || start + blocks > end) {
-            return Err(damaged("payload outside of the batch"));
-        }
+    let first = (bytes.len() as u64).div_ceil(BLOCK);
+    let blocks = first..first + u64::from(payload_blocks);
+    if !records.iter().all(|record| lies_in(record, &blocks)) {
+        return Err(damaged("payload outside of the batch"));
+    }
+    if !previous.is_sound() || !(1..=COUNTER_MAX).contains(&lsn) || previous.lsn >= lsn {
+        return Err(damaged("its number, or what it says of the batch before"));
     }
     let batch = Batch {
         store,
@@ -284,6 +283,25 @@ pub fn decode(bytes: &[u8], keys: &Keys) -> Result<(Batch, Sum128)> {
         previous,
     };
     Ok((batch, checksum))
+}
+
+/// Whether a record's payload lies in these blocks, counted from the batch's start, and can be taken.
+fn lies_in(record: &Record, blocks: &std::ops::Range<u64>) -> bool {
+    let start = u64::from(record.payload.block);
+    let end = start + u64::from(record.payload.len).div_ceil(BLOCK);
+    record.is_sound() && (record.payload.len == 0 || (start >= blocks.start && end <= blocks.end))
+}
+
+impl Previous {
+    /// Whether it can be the place of a batch, and its records' payload lies in it.
+    fn is_sound(&self) -> bool {
+        let end = self.offset.checked_add(self.len);
+        let placed = end.is_some_and(|end| end <= u64::from(u32::MAX) * BLOCK);
+        let aligned = self.offset.is_multiple_of(BLOCK) && self.len.is_multiple_of(BLOCK);
+        let there = self.lsn == 0 || self.len > 0;
+        let blocks = 1..self.len / BLOCK;
+        placed && aligned && there && self.records.iter().all(|record| lies_in(record, &blocks))
+    }
 }
 
 #[cfg(test)]
@@ -339,6 +357,41 @@ mod tests {
             let mut bad = bytes[..lengths.commit].to_vec();
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(decode(&bad, &keys).is_err(), "bit {bit}");
+        }
+    }
+
+    /// Right checksums around what no writer says: fuzzing got each of these past the readers.
+    #[test]
+    fn what_no_writer_says_is_damaged() {
+        let keys = Keys::derive(&[3; 32], Uuid([1; 16]));
+        let read = |change: &dyn Fn(&mut Batch)| {
+            let (mut batch, _) = sample(&keys);
+            change(&mut batch);
+            let len = Batch::commit_len(&batch.records, &batch.previous.records);
+            let (bytes, _) = batch.encode(&keys);
+            decode(&bytes[..len], &keys)
+        };
+        assert!(read(&|_| {}).is_ok());
+        // The first batch of a log, and the largest of all grains.
+        assert!(read(&|b| b.previous = Previous::default()).is_ok());
+        assert!(read(&|b| b.records[1].first = u64::from(u32::MAX)).is_ok());
+        let bad: [&dyn Fn(&mut Batch); 11] = [
+            &|b| b.lsn = 0,
+            &|b| b.lsn = u64::MAX,
+            &|b| b.previous.lsn = b.lsn,
+            &|b| b.previous.offset = u64::MAX - 4095,
+            &|b| b.previous.offset += 1,
+            &|b| b.previous.len = 0,
+            &|b| b.previous.records[0].payload = Payload { len: 1, block: 9 },
+            // A checksum less than grains, a grain of no size, payload outside, grains outside.
+            &|b| b.records[0].body.truncate(8),
+            &|b| b.records[0].payload.len = 4096,
+            &|b| b.records[0].payload.block = 2,
+            &|b| b.records[0].first = crate::units::GRAINS_MAX - 1,
+        ];
+        for (n, change) in bad.iter().enumerate() {
+            let why = read(*change).map(|_| n).unwrap_err();
+            assert_eq!(why.kind(), Kind::Damaged, "{n}");
         }
     }
 

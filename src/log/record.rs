@@ -9,7 +9,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
-use crate::units::Place;
+use crate::units::{COUNTER_MAX, GRAINS_MAX, Grain, Place, VOLUME_SIZE_MAX};
 
 /// Bytes of a record's head.
 pub const HEAD_LEN: usize = 40;
@@ -258,6 +258,25 @@ impl Record {
         }
     }
 
+    /// Whether a reader can take it: its grains lie in the largest volume, and a PRESERVE has the payload
+    /// and the checksum of each.
+    pub fn is_sound(&self) -> bool {
+        let end = self.first.saturating_add(u64::from(self.count));
+        let bytes = u128::from(end) * u128::from(self.grain_bytes().unwrap_or(0));
+        if bytes > u128::from(VOLUME_SIZE_MAX) + 1 {
+            return false;
+        }
+        match self.kind {
+            RecordType::Preserve => {
+                let grain = self.payload.len.checked_div(self.count);
+                let grain = grain.and_then(|bytes| Grain::new(u64::from(bytes)).ok());
+                let whole = self.payload.len.checked_rem(self.count) == Some(0);
+                whole && grain.is_some() && self.body.len() as u64 == 8 * u64::from(self.count)
+            }
+            _ => true,
+        }
+    }
+
     /// Bytes in a table.
     pub fn encoded_len(&self) -> usize {
         HEAD_LEN + self.body.len().next_multiple_of(8)
@@ -299,10 +318,11 @@ impl Record {
                 format!("the log holds a record of type {code}, written by a newer stillframe"),
             ));
         };
-        if first.checked_add(u64::from(count)).is_none() {
+        let end = first.checked_add(u64::from(count));
+        if end.is_none_or(|end| end > GRAINS_MAX) || epoch > COUNTER_MAX {
             return Err(Error::new(
                 Kind::Damaged,
-                "a record's range of grains overflows",
+                "a record's grains or epoch are beyond every volume",
             ));
         }
         Ok(Some(Record {

@@ -296,7 +296,9 @@ impl State<'_, '_> {
         }
         let mut at = BATCHES_AT;
         while at < end {
-            if let Some(found) = self.scan.batch_at(segment, at, end)? {
+            // One that is older than the newest is none: LSNs only grow.
+            let found = self.scan.batch_at(segment, at, end)?;
+            if let Some(found) = found.filter(|found| found.batch.lsn > self.newest()) {
                 at += found.len;
                 self.found(found)?;
                 continue;
@@ -444,7 +446,9 @@ impl State<'_, '_> {
                 bytes: at..at,
             })?;
         }
-        self.result.tail.lsn = self.last_lsn;
+        // Of a torn batch the one before it may be lost: the next one is behind both, or it would name
+        // one that is newer than itself.
+        self.result.tail.lsn = self.last_lsn.max(self.result.previous.lsn);
         Ok(())
     }
 }

@@ -7,7 +7,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
 use crate::log::keys::{Keys, Sum128};
-use crate::units::{BLOCK, Lsn, SECTOR, Uuid};
+use crate::units::{BLOCK, COUNTER_MAX, Lsn, SECTOR, Uuid};
 
 /// First bytes of a segment head.
 pub const MAGIC: [u8; 8] = *b"SFsegmt1";
@@ -56,11 +56,14 @@ pub fn file_name(segment: u32) -> String {
     format!("{segment:06}.seg")
 }
 
+/// The largest number of a segment: a file that claims more is none of ours.
+pub const NUMBER_MAX: u32 = u32::MAX / 2;
+
 /// The number in a segment's file name.
 pub fn number(name: &str) -> Option<u32> {
     let digits = name.strip_suffix(".seg")?;
     let number: u32 = digits.parse().ok()?;
-    (number > 0 && file_name(number) == name).then_some(number)
+    ((1..=NUMBER_MAX).contains(&number) && file_name(number) == name).then_some(number)
 }
 
 impl Head {
@@ -113,6 +116,12 @@ impl Head {
             checksum: r.array()?,
         };
         if magic != MAGIC || owner != store || number != segment {
+            return Err(damaged());
+        }
+        if [generation, before.generation, before.last_lsn]
+            .iter()
+            .any(|&n| n > COUNTER_MAX)
+        {
             return Err(damaged());
         }
         Ok(Head {
@@ -195,8 +204,36 @@ mod tests {
     fn only_exact_names_are_segments() {
         assert_eq!(number("000001.seg"), Some(1));
         assert_eq!(number("1000000.seg"), Some(1_000_000));
-        for name in ["1.seg", "000000.seg", "000001.seg~", "+00001.seg", "x.seg"] {
+        assert_eq!(number("2147483647.seg"), Some(NUMBER_MAX));
+        for name in [
+            "1.seg",
+            "000000.seg",
+            "000001.seg~",
+            "+00001.seg",
+            "x.seg",
+            "2147483648.seg",
+        ] {
             assert_eq!(number(name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn a_head_counts_no_further_than_anybody_has() {
+        let keys = Keys::derive(&[3; 32], Uuid([9; 16]));
+        let read = |generation, last_lsn| {
+            let head = Head {
+                store: Uuid([9; 16]),
+                segment: 2,
+                generation,
+                before: Predecessor {
+                    last_lsn,
+                    ..Predecessor::default()
+                },
+            };
+            Head::decode(&head.encode(&keys), &keys, head.store, 2)
+        };
+        assert!(read(COUNTER_MAX, COUNTER_MAX).is_ok());
+        assert!(read(COUNTER_MAX + 1, 0).is_err());
+        assert!(read(1, u64::MAX).is_err());
     }
 }

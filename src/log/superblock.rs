@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::codec::{Reader, Writer};
+use crate::log::segment::{SEGMENT_MAX, SEGMENT_MIN};
 use crate::sys::disk::{Dir, Disk, Open};
-use crate::units::Uuid;
+use crate::units::{COUNTER_MAX, Uuid};
 
 /// File name in the store.
 pub const FILE: &str = "superblock";
@@ -126,6 +127,7 @@ impl Superblock {
         if count > MARKS_MAX {
             return Err(damaged());
         }
+        let sound = (SEGMENT_MIN..=SEGMENT_MAX).contains(&segment_bytes) && sequence <= COUNTER_MAX;
         let mut invalid = Vec::with_capacity(count);
         for _ in 0..count {
             let (volume, reason) = (r.u32()?, r.u32()?);
@@ -149,6 +151,11 @@ impl Superblock {
                 "features {:#x}",
                 incompat & !INCOMPAT_KNOWN
             )));
+        }
+        // Of a clone (bit 31) a mark means all there is; a volume's name epochs that were given.
+        let given = |mark: &InvalidMark| mark.volume >> 31 != 0 || mark.last <= COUNTER_MAX;
+        if !sound || !invalid.iter().all(given) {
+            return Err(damaged());
         }
         Ok(Superblock {
             compat,
@@ -241,8 +248,12 @@ impl SuperblockFile {
     /// Writes changed content into the older slot; durable when it returns.
     ///
     /// # Errors
-    /// The system's error; the content before stays valid.
+    /// The system's error, `Limit` if the sequence is spent; the content before stays valid.
     pub fn update(&mut self, mut next: Superblock) -> Result<()> {
+        if self.current.sequence >= COUNTER_MAX {
+            let why = "the superblock was written as often as can be counted";
+            return Err(Error::new(Kind::Limit, why));
+        }
         next.sequence = self.current.sequence + 1;
         let at = (next.sequence % 2) * SLOT_LEN as u64;
         self.disk
@@ -274,6 +285,37 @@ mod tests {
                 last: 3,
                 reason: Reason::Full,
             }],
+        }
+    }
+
+    /// Right checksums around what no writer says: fuzzing got these past the reader.
+    #[test]
+    fn what_no_writer_says_is_damaged() {
+        let read = |change: &dyn Fn(&mut Superblock)| {
+            let mut superblock = sample();
+            change(&mut superblock);
+            Superblock::decode(&superblock.encode())
+        };
+        let good: [&dyn Fn(&mut Superblock); 4] = [
+            &|s| s.segment_bytes = SEGMENT_MIN,
+            &|s| s.segment_bytes = SEGMENT_MAX,
+            &|s| s.sequence = COUNTER_MAX,
+            // Of a clone: all there is.
+            &|s| (s.invalid[0].volume, s.invalid[0].last) = (1 << 31 | 1, u64::MAX),
+        ];
+        for (n, change) in good.iter().enumerate() {
+            assert!(read(*change).is_ok(), "{n}");
+        }
+        let bad: [&dyn Fn(&mut Superblock); 5] = [
+            &|s| s.segment_bytes = 0,
+            &|s| s.segment_bytes = SEGMENT_MIN - 1,
+            &|s| s.segment_bytes = u64::MAX,
+            &|s| s.sequence = u64::MAX,
+            &|s| s.invalid[0].last = u64::MAX,
+        ];
+        for (n, change) in bad.iter().enumerate() {
+            let why = read(*change).map(|_| n).unwrap_err();
+            assert_eq!(why.kind(), Kind::Damaged, "{n}");
         }
     }
 

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Kind, Result};
+use crate::log::batch::{Batch, Previous};
 use crate::log::commit::{Durable, Entry, Log, LogConfig, Resume, Sink};
 use crate::log::keys::Keys;
 use crate::log::record::{Record, RecordType};
@@ -245,6 +246,86 @@ fn rot_at_the_end_of_a_closed_segment_is_known_from_the_next_one() {
         batches
             .iter()
             .any(|(lsn, firsts, copy)| *lsn == 6 && firsts == &[14] && *copy)
+    );
+}
+
+#[test]
+fn a_batch_that_is_older_than_the_one_before_it_is_none() {
+    let world = SimWorld::new(3);
+    five(&world);
+    world.kill();
+    let (batches, _, scanned) = scan(&world).unwrap();
+    let stale = |lsn| Batch {
+        store: STORE,
+        segment: scanned.tail.segment,
+        generation: scanned.tail.generation,
+        lsn,
+        durable_upto: lsn - 1,
+        time_ns: 0,
+        offset: scanned.tail.end,
+        payload_blocks: 0,
+        records: vec![Record::run(RecordType::Zero, 1, 1, 99, 1)],
+        previous: Previous::default(),
+    };
+    for (lsn, taken) in [(6, false), (7, true)] {
+        let (bytes, _) = stale(lsn).encode(&keys());
+        world.poke("log/000001.seg", scanned.tail.end, &bytes);
+        let (again, lost, rescanned) = scan(&world).unwrap();
+        assert_eq!(again.len(), batches.len() + usize::from(taken));
+        assert!(lost.is_empty());
+        assert_eq!(rescanned.tail.end > scanned.tail.end, taken);
+    }
+}
+
+#[test]
+fn what_follows_a_torn_batch_whose_predecessor_is_lost_is_newer_than_both() {
+    let world = SimWorld::new(3);
+    let log = open(&world, Resume::default());
+    let sink = Seen::default();
+    let mut ends = Vec::new();
+    for first in 0..400 {
+        log.append(&sink, vec![preserve(&log, first)]).unwrap();
+        let (lsn, segment, end) = log.end();
+        ends.push((segment, end, lsn));
+        // One more than the one that begins the second segment.
+        if segment == 2 && ends[ends.len() - 2].0 == 2 {
+            break;
+        }
+    }
+    drop(log);
+    world.kill();
+    let [
+        ..,
+        (1, before, _),
+        (1, _, _),
+        (2, begun, lost),
+        (2, _, torn),
+    ] = ends[..]
+    else {
+        panic!("two segments: {ends:?}");
+    };
+    let rot = |segment: u32, at: u64, end: u64| {
+        let path = format!("log/{}", segment::file_name(segment));
+        for block in (at..end).step_by(BLOCK as usize) {
+            world.poke(&path, block + 200, &[0xff; 8]);
+        }
+    };
+    rot(1, before, before + BLOCK);
+    rot(2, segment::BATCHES_AT, begun);
+    rot(2, begun + BLOCK, begun + 2 * BLOCK);
+    let (_, _, scanned) = scan(&world).unwrap();
+    assert!(scanned.torn && scanned.previous.lsn == lost.0 && lost < torn);
+    let log = open(&world, resume_of(&scanned));
+    log.append(&sink, vec![preserve(&log, 500)]).unwrap();
+    let (lsn, _, _) = log.end();
+    assert!(lsn > lost);
+    drop(log);
+    world.kill();
+    let (batches, _, _) = scan(&world).unwrap();
+    let last = batches.last().unwrap();
+    assert!(
+        last.0 == lsn.0 && last.1.contains(&500),
+        "acknowledged, and there"
     );
 }
 

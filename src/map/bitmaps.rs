@@ -25,7 +25,7 @@ use roaring::RoaringBitmap;
 use crate::error::{Error, Kind, Result};
 use crate::map::keys::{GRAINS_MAX, checksum, put_key, take_key};
 use crate::sys::planted::{Bug, planted};
-use crate::units::{Epoch, VolumeId};
+use crate::units::{COUNTER_MAX, Epoch, VolumeId};
 
 /// Grains of a chunk, the unit in which sets are shared and persisted.
 pub const CHUNK_GRAINS: u64 = 1 << 17;
@@ -398,8 +398,8 @@ impl ChunkKey {
     /// `Damaged`.
     pub fn decode(key: &[u8]) -> Result<ChunkKey> {
         let (volume, epoch, chunk) = take_key(SETS_NAMESPACE, key)?;
-        if chunk > u64::MAX / CHUNK_GRAINS / 2 {
-            return Err(damaged("a chunk number is out of range"));
+        if chunk >= GRAINS_MAX / CHUNK_GRAINS || epoch > COUNTER_MAX {
+            return Err(damaged("a chunk or epoch is out of range"));
         }
         Ok(ChunkKey {
             volume: VolumeId(volume),
@@ -478,6 +478,9 @@ pub fn decode_chunk(key: ChunkKey, value: &[u8], into: &mut EpochSets) -> Result
     };
     let [data, zero, changed] = &parts;
     let apart = disjoint(data, zero) && disjoint(data, changed) && disjoint(zero, changed);
+    if parts.iter().all(Option::is_none) {
+        return Err(damaged("a chunk without grains"));
+    }
     if !rest.is_empty() || !apart {
         return Err(damaged("its sets overlap or end early"));
     }
@@ -693,6 +696,35 @@ mod tests {
             (single(2..3), single(5..6))
         );
         assert_eq!(runs(&sets.changed), [0..2, 3..5, 6..20]);
+    }
+
+    /// Keys and values with right checksums that no writer makes.
+    #[test]
+    fn what_no_writer_makes_is_damaged() {
+        use crate::map::keys::PageKey;
+        let key = |epoch, chunk| ChunkKey {
+            volume: VolumeId(1),
+            epoch: Epoch(epoch),
+            chunk,
+        };
+        let last = GRAINS_MAX / CHUNK_GRAINS - 1;
+        let good = key(COUNTER_MAX, last);
+        assert_eq!(ChunkKey::decode(&good.encode()).unwrap(), good);
+        assert!(ChunkKey::decode(&key(COUNTER_MAX + 1, 0).encode()).is_err());
+        assert!(ChunkKey::decode(&key(1, last + 1).encode()).is_err());
+        let page = |epoch| PageKey {
+            volume: VolumeId(1),
+            region: 0,
+            epoch: Epoch(epoch),
+        };
+        assert!(PageKey::decode(&page(COUNTER_MAX).encode()).is_ok());
+        assert!(PageKey::decode(&page(u64::MAX).encode()).is_err());
+        // A chunk of nothing.
+        let mut empty = vec![0; HEADER];
+        empty[0] = VERSION;
+        let sum = checksum(&good.encode(), &empty);
+        empty[CHECKSUM_AT..HEADER].copy_from_slice(&sum.to_le_bytes());
+        assert!(decode_chunk(good, &empty, &mut EpochSets::default()).is_err());
     }
 
     #[test]

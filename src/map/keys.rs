@@ -5,13 +5,12 @@
 //! [`crate::map::bitmaps`]; the position in the log is the key `A`.
 
 use crate::error::{Error, Kind, Result};
-use crate::units::{BLOCK, Epoch, REGION_GRAINS, VOLUME_SIZE_MAX, VolumeId};
+use crate::units::{COUNTER_MAX, Epoch, REGION_GRAINS, VolumeId};
 
 /// First byte of the keys of pages.
 pub const PAGE_NAMESPACE: u8 = b'P';
 
-/// One past the largest grain number a volume can have.
-pub const GRAINS_MAX: u64 = VOLUME_SIZE_MAX / BLOCK + 1;
+pub use crate::units::GRAINS_MAX;
 
 /// Eight bytes of BLAKE3 over a key and a value.
 pub fn checksum(key: &[u8], value: &[u8]) -> u64 {
@@ -80,7 +79,7 @@ impl PageKey {
     /// `Damaged`.
     pub fn decode(key: &[u8]) -> Result<PageKey> {
         let (volume, region, epoch) = take_key(PAGE_NAMESPACE, key)?;
-        if region >= GRAINS_MAX / REGION_GRAINS {
+        if region >= GRAINS_MAX / REGION_GRAINS || epoch > COUNTER_MAX {
             return Err(Error::new(
                 Kind::Damaged,
                 "a page of the extent map is out of range",

@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
 use crate::log::record::{Record, RecordType, encode_table};
 use crate::sys::disk::Identity;
-use crate::units::{Grain, Name, Uuid};
+use crate::units::{COUNTER_MAX, Grain, Name, Uuid, VOLUME_SIZE_MAX};
 use crate::volume::clone_records::{CloneEntry, LAYER_BIT, LayerEntry};
 use crate::volume::{OnFull, SnapshotState, VolumeOptions};
 
@@ -195,10 +195,12 @@ impl Catalog {
     /// `Damaged` if the record does not fit what is known, `Unsupported` for a type whose meaning
     /// this program does not have.
     pub fn apply(&mut self, record: &Record) -> Result<()> {
+        counted(record.epoch)?;
         match record.kind {
             RecordType::Preserve | RecordType::Zero | RecordType::Changed => {
                 self.clean = false;
                 if let Some(volume) = self.volumes.get_mut(&record.volume) {
+                    same_grain(volume, record)?;
                     volume.epoch = volume.epoch.max(record.epoch);
                     volume.changed = true;
                 }
@@ -207,7 +209,7 @@ impl Catalog {
                 if let Some(volume) = self.volumes.get_mut(&record.volume) {
                     // Nothing of a complete epoch follows its bitmap: another one is open by now.
                     let complete = record.bitmap_bits().is_some_and(|(_, complete)| complete);
-                    let epoch = record.epoch.saturating_add(u64::from(complete));
+                    let epoch = (record.epoch + u64::from(complete)).min(COUNTER_MAX);
                     volume.epoch = volume.epoch.max(epoch);
                 }
             }
@@ -218,7 +220,7 @@ impl Catalog {
             }
             RecordType::Bookmark => {
                 let bookmark = decode_bookmark(&record.body)?;
-                self.next_ino = self.next_ino.max(bookmark.ino.saturating_add(1));
+                self.next_ino = self.next_ino.max(bookmark.ino + 1);
                 self.volume(record.volume)?;
                 // One record does both: no crash leaves a snapshot and its bookmark, or neither.
                 self.unlist_snapshot(record.volume, record.epoch);
@@ -252,7 +254,7 @@ impl Catalog {
             }
             RecordType::RevertEnd => {
                 let mut r = Reader::new(&record.body, "a REVERT_END");
-                let (size, source) = (r.u64()?, r.u64()?);
+                let (size, source) = (sized(r.u64()?)?, r.u64()?);
                 let volume = self.volume(record.volume)?;
                 (volume.size, volume.identity.size) = (size, source);
                 volume.reverting = None;
@@ -286,11 +288,13 @@ impl Catalog {
                 let flags = r.u32()?;
                 self.clean = flags & STORE_CLEAN != 0;
                 self.unsettled = flags & STORE_UNSETTLED != 0;
-                self.next_volume = self.next_volume.max(r.u32()?);
-                self.next_ino = self.next_ino.max(r.u64()?);
+                self.next_volume = self.next_volume.max(next_number(r.u32()?)?);
+                let next_ino = r.u64()?;
+                counted(next_ino.saturating_sub(INO_PER_VOLUME))?;
+                self.next_ino = self.next_ino.max(next_ino);
                 if r.left() > 0 {
-                    self.next_clone = self.next_clone.max(r.u32()?);
-                    self.next_layer = self.next_layer.max(r.u32()?);
+                    self.next_clone = self.next_clone.max(next_number(r.u32()?)?);
+                    self.next_layer = self.next_layer.max(next_number(r.u32()?)?);
                 }
                 return Ok(());
             }
@@ -319,8 +323,9 @@ impl Catalog {
 
     fn apply_snap(&mut self, record: &Record) -> Result<()> {
         let mut r = Reader::new(&record.body, "a SNAP");
-        let (uuid, ino) = (r.uuid()?, r.u64()?);
-        let (taken_ns, mtime_ns, size, allocated) = (r.i64()?, r.i64()?, r.u64()?, r.u64()?);
+        let (uuid, ino) = (r.uuid()?, counted(r.u64()?)?);
+        let (taken_ns, mtime_ns) = (r.i64()?, r.i64()?);
+        let (size, allocated) = (sized(r.u64()?)?, r.u64()?);
         let (parent, group) = (r.uuid_or_zero()?, r.uuid_or_zero()?);
         let flags = r.u8()?;
         let (failed, held) = (flags & SNAP_FAILED != 0, flags & SNAP_HELD != 0);
@@ -350,6 +355,10 @@ impl Catalog {
             held,
             state,
         };
+        if !kept && volume.bookmarks.contains_key(&record.epoch) {
+            let why = "the log speaks of a snapshot after it became a bookmark";
+            return Err(Error::new(Kind::Damaged, why));
+        }
         match kept {
             true => volume.kept.insert(record.epoch, snap),
             false => volume.snapshots.insert(record.epoch, snap),
@@ -359,7 +368,7 @@ impl Catalog {
 
     fn apply_resize(&mut self, record: &Record) -> Result<()> {
         let mut r = Reader::new(&record.body, "a RESIZE");
-        let (_, to, source, done) = (r.u64()?, r.u64()?, r.u64()?, r.u64()?);
+        let (_, to, source, done) = (r.u64()?, sized(r.u64()?)?, r.u64()?, r.u64()?);
         let volume = self.volume(record.volume)?;
         if done & RESIZE_DONE != 0 {
             (volume.size, volume.identity.size) = (to, source);
@@ -372,7 +381,7 @@ impl Catalog {
 
     fn apply_volume(&mut self, record: &Record) -> Result<()> {
         let entry = decode_volume(&record.body)?;
-        self.next_volume = self.next_volume.max(record.volume.saturating_add(1));
+        self.next_volume = self.next_volume.max(numbered(record.volume)? + 1);
         self.next_ino = self.next_ino.max(entry.ino_base + INO_PER_VOLUME);
         let mut entry = entry;
         // These have records of their own.
@@ -382,6 +391,7 @@ impl Catalog {
             entry.bookmarks = known.bookmarks;
             entry.resizing = known.resizing;
             entry.reverting = known.reverting;
+            entry.epoch = entry.epoch.max(known.epoch);
         }
         self.volumes.insert(record.volume, entry);
         Ok(())
@@ -578,10 +588,63 @@ pub fn bookmark_record(volume: u32, epoch: u64, bookmark: &BookmarkEntry) -> Rec
     Record::plain(RecordType::Bookmark, volume, epoch, w.finish())
 }
 
+/// A volume has one grain for ever: a record with another would be taken for other bytes of it.
+pub(super) fn same_grain(volume: &VolumeEntry, record: &Record) -> Result<()> {
+    let own = volume.grain.bytes();
+    match record
+        .grain_bytes()
+        .is_none_or(|bytes| u64::from(bytes) == own)
+    {
+        true => Ok(()),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the log has another grain than its volume",
+        )),
+    }
+}
+
+/// A counter as a record says it.
+pub(super) fn counted(value: u64) -> Result<u64> {
+    match value <= COUNTER_MAX {
+        true => Ok(value),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the catalogue counts further than anybody has",
+        )),
+    }
+}
+
+/// A size as a record says it.
+pub(super) fn sized(bytes: u64) -> Result<u64> {
+    match bytes <= VOLUME_SIZE_MAX {
+        true => Ok(bytes),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the catalogue speaks of more than a volume can hold",
+        )),
+    }
+}
+
+/// The next number of a volume, clone or layer: one more than the largest that is given.
+fn next_number(next: u32) -> Result<u32> {
+    numbered(next.saturating_sub(1)).map(|_| next)
+}
+
+/// A number of a volume, as a record says it.
+fn numbered(id: u32) -> Result<u32> {
+    match id < LAYER_BIT {
+        true => Ok(id),
+        false => Err(Error::new(
+            Kind::Damaged,
+            "a record of the catalogue has a number that is never given",
+        )),
+    }
+}
+
 fn decode_bookmark(body: &[u8]) -> Result<BookmarkEntry> {
     let mut r = Reader::new(body, "a BOOKMARK");
-    let (uuid, ino) = (r.uuid()?, r.u64()?);
-    let (taken_ns, mtime_ns, size) = (r.i64()?, r.i64()?, r.u64()?);
+    let (uuid, ino) = (r.uuid()?, counted(r.u64()?)?);
+    let (taken_ns, mtime_ns, size) = (r.i64()?, r.i64()?, sized(r.u64()?)?);
     let flags = r.u8()?;
     let (name, why) = (r.name()?, r.text()?.to_owned());
     let state = match flags & BOOKMARK_FAILED {
@@ -675,7 +738,7 @@ pub fn volume_record(id: u32, v: &VolumeEntry) -> Record {
 fn decode_volume(body: &[u8]) -> Result<VolumeEntry> {
     let bad = |what: &str| Error::new(Kind::Damaged, format!("a VOLUME record has a bad {what}"));
     let mut r = Reader::new(body, "a VOLUME record");
-    let (uuid, size, grain) = (r.uuid()?, r.u64()?, u64::from(r.u32()?));
+    let (uuid, size, grain) = (r.uuid()?, sized(r.u64()?)?, u64::from(r.u32()?));
     let grain = Grain::new(grain).map_err(|_| bad("grain"))?;
     let on_full_wait_s = r.u32()?;
     let on_full = match r.u8()? {
@@ -691,7 +754,7 @@ fn decode_volume(body: &[u8]) -> Result<VolumeEntry> {
     };
     let changed = r.u8()? != 0;
     let _ = (r.u8()?, r.u32()?);
-    let (ino_base, added_ns, epoch) = (r.u64()?, r.i64()?, r.u64()?);
+    let (ino_base, added_ns, epoch) = (counted(r.u64()?)?, r.i64()?, counted(r.u64()?)?);
     let (mtime_ns, snap_mtime_ns) = (r.i64()?, r.i64()?);
     let identity = Identity {
         dev: r.u64()?,
@@ -791,6 +854,75 @@ mod tests {
             volumes: BTreeMap::from([(7, volume)]),
             ..Catalog::default()
         }
+    }
+
+    /// Records that fuzzing got past the readers, and the largest that are good.
+    #[test]
+    fn what_no_writer_says_is_damaged() {
+        let volume = |change: &dyn Fn(&mut VolumeEntry)| {
+            let mut entry = sample().volumes[&7].clone();
+            change(&mut entry);
+            volume_record(7, &entry)
+        };
+        let snap = |epoch, change: &dyn Fn(&mut SnapEntry)| {
+            let mut entry = sample().volumes[&7].snapshots[&3].clone();
+            change(&mut entry);
+            snap_record(7, epoch, &entry)
+        };
+        let mut store = Writer::new();
+        store.u32(0).u32(u32::MAX).u64(5000).u32(1).u32(1);
+        let store = Record::plain(RecordType::Store, 0, 0, store.finish());
+        let good = [
+            volume(&|v| v.size = VOLUME_SIZE_MAX),
+            snap(20, &|s| s.size = VOLUME_SIZE_MAX),
+            Record::grains(RecordType::Zero, 7, 12, 0..1, 65536),
+            resize_record(7, 1, VOLUME_SIZE_MAX),
+        ];
+        for (n, record) in good.iter().enumerate() {
+            assert!(sample().apply(record).is_ok(), "{n}");
+        }
+        let bad = [
+            volume(&|v| v.size = u64::MAX),
+            volume(&|v| v.ino_base = u64::MAX),
+            volume(&|v| v.epoch = u64::MAX),
+            Record {
+                volume: u32::MAX,
+                ..volume(&|_| {})
+            },
+            snap(20, &|s| s.ino = u64::MAX),
+            snap(20, &|s| s.size = u64::MAX),
+            snap(u64::MAX, &|_| {}),
+            resize_record(7, 1, u64::MAX),
+            revert_end_record(7, 9, u64::MAX, 1),
+            Record::grains(RecordType::Zero, 7, 12, 0..1, 4096),
+            store,
+        ];
+        for (n, record) in bad.iter().enumerate() {
+            let why = sample().apply(record).map(|()| n).unwrap_err();
+            assert_eq!(why.kind(), Kind::Damaged, "{n}");
+        }
+    }
+
+    #[test]
+    fn a_volume_keeps_its_epoch_and_a_bookmark_its_own() {
+        let mut catalog = sample();
+        let mut older = catalog.volumes[&7].clone();
+        older.epoch = 2;
+        catalog.apply(&volume_record(7, &older)).unwrap();
+        assert_eq!(catalog.volumes[&7].epoch, 12);
+        let snap = catalog.volumes[&7].snapshots[&3].clone();
+        let bookmark = BookmarkEntry {
+            uuid: snap.uuid,
+            ino: snap.ino,
+            taken_ns: snap.taken_ns,
+            mtime_ns: snap.mtime_ns,
+            size: snap.size,
+            name: snap.name.clone(),
+            state: SnapshotState::Active,
+        };
+        catalog.apply(&bookmark_record(7, 3, &bookmark)).unwrap();
+        let again = catalog.apply(&snap_record(7, 3, &snap));
+        assert_eq!(again.unwrap_err().kind(), Kind::Damaged);
     }
 
     #[test]

@@ -11,12 +11,14 @@ use crate::error::{Error, Kind, Result};
 use crate::log::codec::{Reader, Writer};
 use crate::log::record::{Record, RecordType};
 use crate::units::{Name, Uuid, VolumeId};
-use crate::volume::catalog::{Catalog, SnapEntry};
+use crate::volume::catalog::{Catalog, SnapEntry, counted, same_grain, sized};
 use crate::volume::facts::SnapshotState;
 
 /// Set in a volume's number, it stands for a layer (in the extent map, as the owner of the layer's
 /// set of grains) or for a clone (in INVALIDATE). Numbers of volumes, layers and clones are below it.
 pub const LAYER_BIT: u32 = 1 << 31;
+
+const UNGROUNDED: &str = "what it was made of is not known";
 
 const GROWING: u8 = 1;
 const FAILED: u8 = 2;
@@ -151,25 +153,33 @@ impl Catalog {
         if !self.volumes.contains_key(&record.volume) || id >= LAYER_BIT {
             return Err(damaged("is of a volume that was never defined"));
         }
+        let stranger = |id| {
+            let known: Option<&LayerEntry> = self.layers.get(id);
+            known.is_some_and(|layer| layer.volume != record.volume)
+        };
+        if layers.keys().any(stranger) {
+            return Err(damaged("takes a layer of another volume"));
+        }
         for layer in layers.keys() {
             self.next_layer = self.next_layer.max(layer + 1);
         }
+        let moved = layers.iter().any(|(id, layer)| {
+            let known = self.layers.get(id);
+            known.is_some_and(|known| known.base != layer.base)
+        });
         self.layers.extend(layers);
         self.next_clone = self.next_clone.max(id + 1);
-        self.next_ino = self.next_ino.max(entry.ino.saturating_add(1));
-        let whole = match self.chain(entry.top).last() {
-            None => false,
-            Some((_, last)) => match last.base {
-                Base::Nothing => true,
-                Base::Layer(_) => false,
-                Base::Snapshot(epoch) => self.snapshot_or_kept(record.volume, epoch).is_some(),
-            },
-        };
+        self.next_ino = self.next_ino.max(entry.ino + 1);
+        let whole = self.is_whole(record.volume, entry.top);
         if !whole && entry.state == SnapshotState::Active {
             // Only where a part of the log was lost: the clone goes, not the store.
-            entry.state = SnapshotState::Failed("what it was made of is not known".into());
+            entry.state = SnapshotState::Failed(UNGROUNDED.to_owned());
         }
         let replaced = self.clones.insert(id, entry).is_some();
+        if moved {
+            // Other clones may have stood on what moved.
+            self.fail_groundless(record.volume);
+        }
         if replaced {
             // Not for a new one: in a CATALOG the clones that need the others' layers are yet to come.
             self.drop_unreachable(record.volume);
@@ -177,10 +187,39 @@ impl Catalog {
         Ok(())
     }
 
+    /// Whether the layers from `top` down are known, of one volume, and stand on something known.
+    fn is_whole(&self, volume: u32, top: u32) -> bool {
+        let chain = self.chain(top);
+        let own = chain.iter().all(|(_, layer)| layer.volume == volume);
+        let grounded = chain.last().is_some_and(|(_, last)| match last.base {
+            Base::Nothing => true,
+            Base::Layer(_) => false,
+            Base::Snapshot(epoch) => self.snapshot_or_kept(volume, epoch).is_some(),
+        });
+        own && grounded
+    }
+
+    /// Fails the clones of a volume whose layers are not whole any more.
+    fn fail_groundless(&mut self, volume: u32) {
+        let own = self.clones.iter().filter(|(_, c)| c.volume == volume);
+        let broken = own.filter(|(_, c)| !self.is_whole(volume, c.top));
+        let broken: Vec<u32> = broken.map(|(&id, _)| id).collect();
+        for id in broken {
+            if let Some(clone) = self.clones.get_mut(&id)
+                && clone.state == SnapshotState::Active
+            {
+                clone.state = SnapshotState::Failed(UNGROUNDED.to_owned());
+            }
+        }
+    }
+
     /// Applies a CLONE_ALLOC: a growing clone has at least the size that its data reaches.
     pub(super) fn apply_clone_alloc(&mut self, record: &Record) -> Result<()> {
+        if let Some(volume) = self.volumes.get(&record.volume) {
+            same_grain(volume, record)?;
+        }
         let mut r = Reader::new(&record.body, "a CLONE_ALLOC");
-        let (_, _, size) = (r.u32()?, r.u32()?, r.u64()?);
+        let (_, _, size) = (r.u32()?, r.u32()?, sized(r.u64()?)?);
         if size > 0 {
             for clone in self.clones.values_mut() {
                 if u64::from(clone.top) == record.epoch && clone.volume == record.volume {
@@ -237,7 +276,7 @@ impl Catalog {
         clones
             .map(|(&id, clone)| {
                 let mut layers = self.chain(clone.top);
-                layers.retain(|(layer, _)| told.insert(*layer));
+                layers.retain(|(layer, entry)| entry.volume == volume && told.insert(*layer));
                 clone_record(id, clone, &layers)
             })
             .collect()
@@ -270,8 +309,8 @@ pub fn clone_record(id: u32, clone: &CloneEntry, layers: &[(u32, LayerEntry)]) -
 
 fn decode_clone(volume: u32, body: &[u8]) -> Result<(CloneEntry, BTreeMap<u32, LayerEntry>)> {
     let mut r = Reader::new(body, "a CLONE");
-    let (uuid, ino, created_ns) = (r.uuid()?, r.u64()?, r.i64()?);
-    let (size, top, count) = (r.u64()?, r.u32()?, r.u32()?);
+    let (uuid, ino, created_ns) = (r.uuid()?, counted(r.u64()?)?, r.i64()?);
+    let (size, top, count) = (sized(r.u64()?)?, r.u32()?, r.u32()?);
     let flags = r.u8()?;
     let _ = r.raw(7)?;
     let mut layers = BTreeMap::new();
@@ -489,6 +528,29 @@ mod tests {
                 SnapshotState::Failed(_)
             ));
         }
+    }
+
+    #[test]
+    fn a_clone_takes_no_layer_of_another_volume() {
+        let mut catalog = cloned();
+        let other = catalog.volumes[&1].clone();
+        catalog.apply(&volume_record(2, &other)).unwrap();
+        let mut thief = clone(9, 3);
+        thief.volume = 2;
+        let layers = [(3, layer(Base::Nothing))];
+        let why = catalog.apply(&clone_record(9, &thief, &layers));
+        assert_eq!(why.unwrap_err().kind(), Kind::Damaged);
+    }
+
+    #[test]
+    fn a_clone_under_which_a_layer_moves_to_nothing_known_fails() {
+        let mut catalog = cloned();
+        let layers = [(1, layer(Base::Snapshot(77)))];
+        catalog
+            .apply(&clone_record(1, &clone(1, 2), &layers))
+            .unwrap();
+        let failed = |id| matches!(catalog.clones[&id].state, SnapshotState::Failed(_));
+        assert!(failed(1) && failed(2));
     }
 
     #[test]

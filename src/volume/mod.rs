@@ -26,6 +26,8 @@ mod clones;
 mod diffs;
 mod engine;
 mod facts;
+#[cfg(feature = "planted")]
+pub mod fuzzing;
 mod layers;
 mod live;
 mod marks;
