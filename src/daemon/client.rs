@@ -111,6 +111,11 @@ pub fn mark(pid: u32) -> Option<ProcessMark> {
     (!over).then_some(ProcessMark { pid, started })
 }
 
+/// Whether a marked process still runs.
+pub fn still_runs(process: ProcessMark) -> bool {
+    mark(process.pid) == Some(process)
+}
+
 /// Waits until a process has ended; `false` if it still runs after `limit`.
 pub fn wait_for_end(process: ProcessMark, limit: Duration) -> bool {
     let end = Instant::now() + limit;

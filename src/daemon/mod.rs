@@ -7,9 +7,13 @@
 //! | `mounted` | its mount: unmounting, and cutting off who does not leave |
 //! | `places` | which mountpoint, store and source may be used together |
 //! | `store` | what is a store directory; holding one open |
+//! | `home` | whether a store is a copy |
 //! | `control`, `client`, `protocol` | the control socket: its two ends and what is said |
+//! | `answers` | what the control socket answers, and how those who wait hear of the end |
 //! | `jobs` | what can be asked of a store, the same with and without a daemon |
 //! | `maintenance` | the thread that runs the engine's background work |
+//! | `watchdog`, `reporter` | what hangs, and how the store is, also then |
+//! | `ticker` | a thread that does something again and again |
 //! | `status`, `timestamp` | the state as rows, JSON and metrics |
 //! | `logging` | where the daemon's log goes |
 //!
@@ -17,8 +21,10 @@
 //! to end (request, signal, external unmount) goes through the same clean stop, and the lock is let
 //! go last. The daemon never looks into its own mount from a thread that serves it.
 
+pub mod answers;
 pub mod client;
 pub mod control;
+pub mod home;
 pub mod jobs;
 pub mod launch;
 pub mod logging;
@@ -26,7 +32,10 @@ pub mod maintenance;
 pub mod mounted;
 pub mod places;
 pub mod protocol;
+pub mod reporter;
 pub mod serve;
 pub mod status;
 pub mod store;
+pub mod ticker;
 pub mod timestamp;
+pub mod watchdog;

@@ -15,30 +15,36 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::daemon::answers::{Ending, Served, handler};
 use crate::daemon::control::{self, Control};
 use crate::daemon::mounted::{DRAIN, Event, Mounted};
-use crate::daemon::protocol::{Answer, Choices, Leave, Request};
-use crate::daemon::status::{self, Place, shown};
+use crate::daemon::protocol::{Choices, Leave};
+use crate::daemon::reporter::Reporter;
+use crate::daemon::status::{Place, shown};
 use crate::daemon::store::{self, Held, Store};
+use crate::daemon::ticker::Ticker;
+use crate::daemon::watchdog::{Limits, Watchdog};
 use crate::daemon::{client, jobs, logging, maintenance, places};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fuse::{self, SessionHandle};
-use crate::sys::clock::{Clock, SystemClock};
-use crate::sys::disk::Space;
 use crate::sys::mount;
 use crate::sys::process;
-use crate::tree::{NodeId, StatusFile, StatusSource, Tree};
+use crate::sys::signals;
+use crate::sys::watch::Watch;
+use crate::tree::{NodeId, Tree};
 use crate::units::{Name, escape};
 use crate::volume::{Engine, Settings, VolumeOptions};
 
 /// How long the session may take to end after its connection was cut.
 const ABORT: Duration = Duration::from_secs(2);
-/// How long a lazy unmount waits for the mount to become unused before it answers.
-const LAZY: Duration = Duration::from_secs(1);
+/// How often the sources are looked at.
+const LOOK_AT_SOURCES: Duration = Duration::from_secs(1);
+/// How long a close may take when requests hang that nobody waits for any more.
+const LAST_RESORT: Duration = Duration::from_secs(10);
 /// How often the control socket is tried again where the disk had no room for it.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How long a start waits for a store that another command has locked for a moment.
@@ -61,6 +67,8 @@ pub struct Config {
     pub limit: Option<u64>,
     /// Bytes of a log segment, if the store is made now.
     pub segment_size: Option<u64>,
+    /// What takes too long.
+    pub limits: Limits,
     /// Where to log.
     pub log: Log,
 }
@@ -91,6 +99,12 @@ pub trait Announce {
 pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     process::private_umask();
     process::keep_few_heaps();
+    process::raise_descriptor_limit();
+    signals::ignore_harmless();
+    // Threads inherit it: before the first.
+    let flusher = process::set_io_flusher();
+    let watch = Arc::new(Watch::default());
+    tell_on_usr1(&watch)?;
     let mountpoint = places::prepare(&config.mountpoint, &mut |text| announce.note(text))?;
     places::keep_apart(&config.store, &mountpoint)?;
     let volumes = named_volumes(config)?;
@@ -101,14 +115,13 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     let logs = logging::start(&match &config.log {
         Log::Stderr => logging::Target::Stderr,
         Log::File(path) => logging::Target::File(path.clone()),
-        Log::Best => logging::Target::Best(held.dir().path().to_owned()),
+        Log::Best => logging::Target::Best(held.dir().fd_path()),
     })?;
     tracing::info!(
         "stillframe {} starts; log: {logs}",
         env!("CARGO_PKG_VERSION")
     );
-    // Threads inherit it: before the first.
-    if !process::set_io_flusher() {
+    if !flusher {
         tracing::info!(
             "no right to be an I/O flusher (CAP_SYS_RESOURCE): when memory is short, a loop device on \
              this mount may be slow"
@@ -128,12 +141,24 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     }
     let ending = Arc::new(Ending::default());
     let mut control = None;
-    let served = add_volumes(store.engine(), &place, &volumes, options)
-        .and_then(|()| serve(&store, config, &place, &ending, &mut control, announce));
+    let served = add_volumes(store.engine(), &place, &volumes, options).and_then(|()| {
+        serve(
+            &store,
+            config,
+            &place,
+            &watch,
+            &ending,
+            &mut control,
+            announce,
+        )
+    });
     if let Some(control) = &control {
         control.close();
     }
-    let outcome = served.and(store.close());
+    // A close that hangs is told of by SIGUSR1, and ended by a second signal.
+    let closing = watch.begin_job("closing the store".to_owned());
+    let closed = closing.run(|| store.close());
+    let outcome = served.and(closed);
     match &outcome {
         Ok(()) => tracing::info!("stopped cleanly"),
         Err(e) => tracing::error!("stopped: {}", e.chain()),
@@ -215,6 +240,7 @@ fn serve(
     store: &Store,
     config: &Config,
     place: &Place,
+    watch: &Arc<Watch>,
     ending: &Arc<Ending>,
     control: &mut Option<Control>,
     announce: &mut dyn Announce,
@@ -225,12 +251,7 @@ fn serve(
     }
     let (tell, events) = mpsc::channel();
     catch_signals(tell.clone())?;
-    let live = Arc::new(Live {
-        engine: store.engine().clone(),
-        place: place.clone(),
-    });
-    let (uid, gid) = (process::effective_uid(), process::effective_gid());
-    let tree = Arc::new(Tree::new(store.engine().clone(), uid, gid, live));
+    let (dog, live, tree) = observers(store, config, place, watch);
     let fd = mount::mount_fuse(
         &mountpoint,
         &mount::escape_source(&place.store),
@@ -238,10 +259,11 @@ fn serve(
     )?;
     let mounted = Mounted::new(mountpoint, tell.clone());
     // From here on the mount is ours to take away, whatever fails.
-    let session = Arc::new(fuse::serve(
+    let session = Arc::new(fuse::serve_watched(
         fd,
         Arc::clone(&tree),
         fuse::Options::default(),
+        Arc::clone(watch),
     )?);
     forget_stale(store.engine(), &tree, Arc::clone(&session))?;
     mounted.tune();
@@ -255,10 +277,19 @@ fn serve(
             outcome
         })
         .context(|| "cannot start a thread")?;
-    let maintenance = maintenance::start(store.engine().clone())?;
+    let maintenance = maintenance::start(store.engine().clone(), Arc::clone(watch))?;
+    let sources = watch_sources(store.engine(), watch)?;
+    let watchdog = dog.start(cut_off_later(&mounted))?;
     let mut listen = || -> Result<()> {
         if control.is_none() {
-            let handler = handler(store, place, tree.clone(), &mounted, ending);
+            let scene = Served {
+                engine: store.engine().clone(),
+                place: place.clone(),
+                tree: tree.clone(),
+                reporter: live.clone(),
+                watch: Arc::clone(watch),
+            };
+            let handler = handler(scene, &mounted, ending);
             *control = Some(control::start(store.dir(), handler)?);
         }
         Ok(())
@@ -282,6 +313,12 @@ fn serve(
     }
     let drained = event_loop(&events, &mounted, store.engine(), &mut listen);
     notify("STOPPING=1\nSTATUS=Closing the store");
+    if !drained {
+        // What hangs may hold the close up, too.
+        end_soon(watch);
+    }
+    watchdog.stop();
+    sources.stop();
     maintenance.stop();
     mounted.gone();
     if !drained {
@@ -292,6 +329,41 @@ fn serve(
     match ended.join() {
         Ok(outcome) => outcome,
         Err(_) => Err(Error::new(Kind::Failed, "the session's thread panicked")),
+    }
+}
+
+/// The tree, and who tells how it and the store are.
+fn observers(
+    store: &Store,
+    config: &Config,
+    place: &Place,
+    watch: &Arc<Watch>,
+) -> (Arc<Watchdog>, Arc<Reporter>, Arc<Tree>) {
+    let belongs: Arc<OnceLock<Weak<Tree>>> = Arc::default();
+    let names = Arc::clone(&belongs);
+    let describe = move |node| names.get()?.upgrade()?.belongs_to(NodeId(node));
+    let dog = Watchdog::new(Arc::clone(watch), config.limits, Box::new(describe));
+    let live = Arc::new(Reporter::new(
+        store.engine().clone(),
+        place.clone(),
+        Arc::clone(&dog),
+    ));
+    let (uid, gid) = (process::effective_uid(), process::effective_gid());
+    let tree = Arc::new(Tree::new(store.engine().clone(), uid, gid, live.clone()));
+    // The only one who sets it.
+    let _ = belongs.set(Arc::downgrade(&tree));
+    (dog, live, tree)
+}
+
+/// What the watchdog does when it was told to cut off the users of a mount that hangs.
+fn cut_off_later(mounted: &Arc<Mounted>) -> impl Fn() + Send + 'static {
+    let mounted = Arc::downgrade(mounted);
+    move || {
+        if let Some(mounted) = mounted.upgrade()
+            && let Err(e) = mounted.leave(Leave::Forcibly, &mut |_| ())
+        {
+            tracing::error!("{}", e.chain());
+        }
     }
 }
 
@@ -409,103 +481,48 @@ fn catch_signals(tell: Sender<Event>) -> Result<()> {
     .map_err(|e| Error::with_source(Kind::Io, "cannot catch signals", e))
 }
 
-/// Answers the control socket.
-fn handler(
-    store: &Store,
-    place: &Place,
-    tree: Arc<Tree>,
-    mounted: &Arc<Mounted>,
-    ending: &Arc<Ending>,
-) -> Box<control::Handler> {
-    let (engine, place) = (store.engine().clone(), place.clone());
-    // Weak: a client that still listens must not keep a mount of ours from being taken away.
-    let (mounted, ending) = (Arc::downgrade(mounted), ending.clone());
-    Box::new(move |request, progress| match request {
-        Request::Unmount { how } => {
-            if let Some(mounted) = mounted.upgrade() {
-                mounted.leave(how, progress)?;
-            }
-            if how == Leave::Lazily && !ending.wait(LAZY) {
-                return Ok(Answer::Detached);
-            }
-            ending.outcome()
-        }
-        other => {
-            let scene = jobs::Scene {
-                engine: &engine,
-                place: &place,
-                tree: Some(&tree),
-            };
-            jobs::run(scene, &other, progress)
+/// Has SIGUSR1 write to the log what is under way.
+fn tell_on_usr1(watch: &Arc<Watch>) -> Result<()> {
+    let watch = Arc::downgrade(watch);
+    let tell = move || {
+        let Some(watch) = watch.upgrade() else { return };
+        let never = Limits {
+            named_after: None,
+            abort_after: None,
+        };
+        let all = Watchdog::new(watch, never, Box::new(|_| None)).under_way();
+        tracing::info!("{} requests and jobs are under way", all.len());
+        all.iter().for_each(|text| tracing::info!("{text}"));
+    };
+    signals::on_usr1(tell).context(|| "cannot start a thread")
+}
+
+/// Looks after the sources, in a thread that may wait for their filesystems.
+fn watch_sources(engine: &Arc<Engine>, watch: &Arc<Watch>) -> Result<Ticker> {
+    let (engine, watch) = (Arc::downgrade(engine), Arc::clone(watch));
+    Ticker::start("sources", LOOK_AT_SOURCES, move || {
+        if let Some(engine) = engine.upgrade() {
+            let job = watch.begin_job("a look at the sources".to_owned());
+            job.run(|| engine.look_at_sources());
         }
     })
 }
 
-/// How the daemon ended, for the clients that wait for it.
-#[derive(Default)]
-struct Ending {
-    outcome: Mutex<Option<std::result::Result<(), (Kind, String)>>>,
-    changed: Condvar,
-}
-
-impl Ending {
-    fn finish(&self, outcome: &Result<()>) {
-        let told = outcome
-            .as_ref()
-            .map(|&()| ())
-            .map_err(|e| (e.kind(), e.chain()));
-        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
-        self.changed.notify_all();
-    }
-
-    /// Waits for the end; `false` if it has not come within the limit.
-    fn wait(&self, limit: Duration) -> bool {
-        let outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        let (outcome, _) = self
-            .changed
-            .wait_timeout_while(outcome, limit, |outcome| outcome.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
-        outcome.is_some()
-    }
-
-    fn outcome(&self) -> Result<Answer> {
-        let outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = self
-            .changed
-            .wait_while(outcome, |outcome| outcome.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
-        match &*outcome {
-            Some(Err((kind, message))) => Err(Error::new(*kind, message.clone())),
-            Some(Ok(())) | None => Ok(Answer::Done),
-        }
-    }
-}
-
-/// The control directory's files, and what the tree must know of the machine.
-struct Live {
-    engine: Arc<Engine>,
-    place: Place,
-}
-
-impl StatusSource for Live {
-    fn render(&self, file: StatusFile) -> Result<Vec<u8>> {
-        let report = status::report(&self.engine, &self.place);
-        match file {
-            StatusFile::Json => {
-                let mut text = serde_json::to_vec_pretty(&report)
-                    .map_err(|e| Error::with_source(Kind::Failed, "cannot render the status", e))?;
-                text.push(b'\n');
-                Ok(text)
-            }
-            StatusFile::Metrics => Ok(status::metrics(&report).into_bytes()),
-        }
-    }
-
-    fn space(&self) -> Result<Space> {
-        self.engine.space()
-    }
-
-    fn now_ns(&self) -> i64 {
-        SystemClock.now_ns()
+/// Ends the process if the close that follows hangs: the store survives that like any kill, and a lock
+/// that is never let go helps nobody.
+fn end_soon(watch: &Arc<Watch>) {
+    let watch = Arc::clone(watch);
+    let end = move || {
+        thread::sleep(LAST_RESORT);
+        let stages: Vec<String> = watch
+            .look()
+            .iter()
+            .map(|seen| seen.what.to_string())
+            .collect();
+        tracing::error!("the close hangs ({}); ending at once", stages.join(", "));
+        process::exit_now(1);
+    };
+    if let Err(e) = thread::Builder::new().name("last-resort".into()).spawn(end) {
+        tracing::warn!("cannot start a thread: {e}");
     }
 }

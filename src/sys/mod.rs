@@ -7,8 +7,10 @@ pub mod lock;
 pub mod mount;
 pub mod planted;
 pub mod process;
+pub mod signals;
 pub mod sim;
 pub mod source;
+pub mod watch;
 
 /// Waits for what other tests of this process can delay: a child of theirs holds copies of our
 /// descriptors between fork and exec.

@@ -221,6 +221,13 @@ impl Engine {
         vol.state().idle(name)?;
         let source = vol.source()?;
         let identity = source.identity().context(|| "cannot stat the source")?;
+        if self.is_nameless(&vol)? {
+            let why = format!(
+                "the source of '{name}' was deleted and goes with the daemon; copy live.img away while \
+                 it is mounted"
+            );
+            return Err(Error::new(Kind::Failed, why));
+        }
         let entry = lock(&shared.catalog).volumes.get(&vol.id).cloned();
         if !entry.is_some_and(|entry| entry.allows(&identity)) {
             return Err(Error::new(
@@ -274,7 +281,7 @@ impl Engine {
     }
 
     /// Appends a volume's changed attributes. The caller holds `structure`.
-    fn change_entry(
+    pub(in crate::volume) fn change_entry(
         &self,
         vol: &Vol,
         change: impl FnOnce(&mut VolumeEntry, &mut crate::volume::shared::VolState),
