@@ -23,7 +23,7 @@ use crate::units::escape;
 
 /// How long a live mount may be without a control socket: its daemon is starting.
 const STARTING: Duration = Duration::from_secs(2);
-/// How long a daemon may take to end once it has said that everything is closed.
+/// How long a daemon's process may take to end once it has said that everything is closed.
 const ENDING: Duration = Duration::from_secs(30);
 /// How long a daemon may take to obey `--force` before it is done without it.
 const FORCE: Duration = Duration::from_secs(10);
@@ -93,9 +93,22 @@ fn end_within(mountpoint: &Path, how: Leave, wait: Duration) -> Result<()> {
             ));
         }
     };
-    match daemon_of(&store, &path)? {
+    // Both may be waited for in vain, so at the same time. The look is over before anybody unmounts: it
+    // would be in the way.
+    let look = path.clone();
+    let looks = thread::Builder::new().spawn(move || places::probe(&look));
+    let daemon = daemon_of(&store, &path);
+    let seen = looks.ok().and_then(|looks| looks.join().ok());
+    match daemon? {
         Some((daemon, report)) => ask(daemon, &report, (&store, &path, device), how, wait),
-        None => without_daemon(&store, &path, device, how),
+        None => {
+            let seen = match seen {
+                Some(Probe::Silent) => Probe::Silent,
+                // What answered then may be dead by now.
+                _ => places::probe(&path),
+            };
+            without_daemon(&store, &path, device, (seen, how))
+        }
     }
 }
 
@@ -126,7 +139,7 @@ fn report_of(store: &Path) -> Result<Option<Report>> {
     let Some(mut daemon) = client::connect(store)? else {
         return Ok(None);
     };
-    daemon.limit(STATUS)?;
+    daemon.limit(STATUS);
     match daemon.call(&Request::Status {}, &mut |_| ())? {
         Answer::Status(report) => Ok(Some(*report)),
         other => Err(super::work::unexpected(&other)),
@@ -141,7 +154,7 @@ fn ask(
     wait: Duration,
 ) -> Result<()> {
     let process = report.pid.and_then(client::mark);
-    daemon.limit(if how == Leave::Forcibly { FORCE } else { wait })?;
+    daemon.limit(if how == Leave::Forcibly { FORCE } else { wait });
     let answer = match daemon.call(&Request::Unmount { how }, &mut |text| out::progress(text)) {
         Err(e) if how == Leave::Forcibly && e.kind() == Kind::Io => {
             out::remark(&format!(
@@ -190,9 +203,14 @@ fn not_yet(store: &Path, path: &Path, pid: Option<u32>) -> Error {
     )
 }
 
-fn without_daemon(store: &Path, path: &Path, device: (u32, u32), how: Leave) -> Result<()> {
+fn without_daemon(
+    store: &Path,
+    path: &Path,
+    device: (u32, u32),
+    (seen, how): (Probe, Leave),
+) -> Result<()> {
     let (at, of) = (shown(path), shown(store));
-    match (places::probe(path), how) {
+    match (seen, how) {
         (Probe::Dead, _) => {
             places::clean(path)?;
             out::line(&format!(

@@ -7,8 +7,10 @@
 //! ([`crate::volume::Settings::copied`]).
 //!
 //! Promises: [`is_copy`] changes nothing; a store without the file (of an older version) is no copy; a file
-//! that cannot be read is one. A copy of the whole filesystem, block by block or as its own snapshot, is not
-//! noticed unless it is used in the same boot.
+//! that says nothing sensible is one. [`settle`] replaces the file as a whole: a full disk, a kill or a power
+//! cut leaves the old one or the new one, never a torn one that would make a copy of the original. A copy of
+//! the whole filesystem, block by block or as its own snapshot, is not noticed unless it is used in the same
+//! boot; in turn, a filesystem that comes back under another device number within one boot looks like one.
 
 use std::fs::{self, Metadata};
 use std::io::{self, ErrorKind};
@@ -20,6 +22,8 @@ use crate::sys::file::FileDir;
 
 /// The file's name in the store.
 pub const HOME: &str = "home";
+/// Its name until it is complete.
+const NEW: &str = "home.new";
 /// Bytes of it that are read.
 const CONTENT_MAX: u64 = 256;
 const VERSION: &str = "1";
@@ -29,40 +33,63 @@ const VERSION: &str = "1";
 /// # Errors
 /// The system's error.
 pub fn is_copy(dir: &FileDir) -> io::Result<bool> {
-    let Some(meta) = look(dir)? else {
+    let Some((noted, meta)) = read(dir)? else {
         return Ok(false);
     };
-    let file = dir.open_file(HOME, Open::Read)?;
-    let mut bytes = vec![0; file.size()?.min(CONTENT_MAX) as usize];
-    file.read_exact_at(0, &mut bytes)?;
     let here = Where::of(&meta, boot());
     // What is not understood was not written by us, here.
-    Ok(Where::parse(&bytes).is_none_or(|noted| noted.differs(&here)))
+    Ok(Where::parse(&noted).is_none_or(|noted| noted.differs(&here)))
 }
 
 /// Notes that the store is at home where it is; durable when it returns.
 ///
 /// # Errors
-/// The system's error.
+/// The system's error; what was noted before still is.
 pub fn settle(dir: &FileDir) -> io::Result<()> {
-    let file = match dir.open_file(HOME, Open::Write) {
-        Err(e) if e.kind() == ErrorKind::NotFound => dir.open_file(HOME, Open::Create)?,
-        other => other?,
-    };
-    let meta = look(dir)?.ok_or(ErrorKind::NotFound)?;
-    let text = Where::of(&meta, boot()).text();
-    file.set_size(0)?;
-    file.write_all_at(0, &[text.as_bytes()])?;
-    file.sync_data()?;
-    dir.sync()
+    if let Some((noted, meta)) = read(dir)?
+        && noted == Where::of(&meta, boot()).text().as_bytes()
+    {
+        return Ok(());
+    }
+    match dir.remove(NEW) {
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+        // What a kill left half done.
+        _ => {}
+    }
+    let done = write_new(dir).and_then(|()| dir.rename(NEW, HOME));
+    if done.is_err() {
+        // Else it goes with the next attempt.
+        let _ = dir.remove(NEW);
+    }
+    done.and_then(|()| dir.sync())
 }
 
-fn look(dir: &FileDir) -> io::Result<Option<Metadata>> {
-    match fs::symlink_metadata(dir.fd_path().join(HOME)) {
-        Ok(meta) => Ok(Some(meta)),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e),
+/// The complete file under its first name. Renaming keeps inode and birth.
+fn write_new(dir: &FileDir) -> io::Result<()> {
+    let file = dir.open_file(NEW, Open::Create)?;
+    let text = Where::of(&look(dir, NEW)?, boot()).text();
+    file.write_all_at(0, &[text.as_bytes()])?;
+    file.sync_data()
+}
+
+/// What the file holds, and who it is; `None` if there is none. A link is read as nonsense, and not followed.
+fn read(dir: &FileDir) -> io::Result<Option<(Vec<u8>, Metadata)>> {
+    let meta = match look(dir, HOME) {
+        Ok(meta) => meta,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let mut bytes = Vec::new();
+    if meta.is_file() {
+        let file = dir.open_file(HOME, Open::Read)?;
+        bytes.resize(file.size()?.min(CONTENT_MAX) as usize, 0);
+        file.read_exact_at(0, &mut bytes)?;
     }
+    Ok(Some((bytes, meta)))
+}
+
+fn look(dir: &FileDir, name: &str) -> io::Result<Metadata> {
+    fs::symlink_metadata(dir.fd_path().join(name))
 }
 
 /// This boot of the machine; empty where the kernel does not say.
@@ -156,6 +183,11 @@ mod tests {
         assert!(is_copy(&copy).unwrap() && !is_copy(&dir).unwrap());
         settle(&copy).unwrap();
         assert!(!is_copy(&copy).unwrap() && !is_copy(&dir).unwrap());
+        // Settled again it is not even written.
+        let written = || fs::metadata(a.join(HOME)).unwrap().ctime_nsec();
+        let before = written();
+        settle(&dir).unwrap();
+        assert_eq!(written(), before);
         // Renaming makes no copy.
         drop((dir, copy));
         fs::rename(&b, top.path().join("c")).unwrap();
@@ -170,6 +202,48 @@ mod tests {
             fs::write(top.path().join(HOME), odd).unwrap();
             assert!(is_copy(&dir).unwrap(), "{odd:?}");
         }
+    }
+
+    /// What a kill or a full disk left of an earlier attempt neither counts nor is in the way.
+    #[test]
+    fn what_is_noted_is_replaced_as_a_whole() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = open(top.path());
+        settle(&dir).unwrap();
+        let noted = fs::read(top.path().join(HOME)).unwrap();
+        fs::write(top.path().join(NEW), "1 2").unwrap();
+        assert!(!is_copy(&dir).unwrap());
+        // Of an earlier boot.
+        let mut other: Vec<&[u8]> = noted.split(|&b| b == b' ').collect();
+        *other.last_mut().unwrap() = b"an-earlier-one\n";
+        fs::write(top.path().join(HOME), other.join(&b' ')).unwrap();
+        assert!(!is_copy(&dir).unwrap(), "a boot makes no copy");
+        // It cannot be replaced: it stays as it is.
+        fs::remove_file(top.path().join(NEW)).unwrap();
+        fs::create_dir(top.path().join(NEW)).unwrap();
+        settle(&dir).unwrap_err();
+        assert_eq!(fs::read(top.path().join(HOME)).unwrap(), other.join(&b' '));
+        fs::remove_dir(top.path().join(NEW)).unwrap();
+        settle(&dir).unwrap();
+        assert!(!is_copy(&dir).unwrap() && !top.path().join(NEW).exists());
+        let now = fs::read(top.path().join(HOME)).unwrap();
+        assert!(now.ends_with(noted.rsplit(|&b| b == b' ').next().unwrap()));
+    }
+
+    /// A link in its place is nonsense, is not followed, and is replaced.
+    #[test]
+    fn a_link_is_no_home() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = open(top.path());
+        let victim = top.path().join("victim");
+        settle(&dir).unwrap();
+        fs::rename(top.path().join(HOME), &victim).unwrap();
+        let before = fs::read(&victim).unwrap();
+        std::os::unix::fs::symlink(&victim, top.path().join(HOME)).unwrap();
+        assert!(is_copy(&dir).unwrap());
+        settle(&dir).unwrap();
+        assert!(!is_copy(&dir).unwrap());
+        assert_eq!(fs::read(&victim).unwrap(), before);
     }
 
     #[test]

@@ -9,26 +9,25 @@
 //! Promises: nothing is served before recovery is complete; whatever ends the mount, the engine is
 //! closed cleanly and whoever asked for it gets the outcome; the control socket is removed while
 //! the lock is still held, so that a successor's socket is never touched. The first signal stops
-//! cleanly (a busy mount is detached, then cut off after [`DRAIN`]); the second ends the process at
+//! cleanly (a busy mount is detached, then cut off after [`crate::daemon::mounted::DRAIN`]); the second ends the process at
 //! once, which the store survives like any kill.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::daemon::answers::{Ending, Served, handler};
 use crate::daemon::control::{self, Control};
-use crate::daemon::mounted::{DRAIN, Event, Mounted};
+use crate::daemon::mounted::{Event, Mounted};
 use crate::daemon::protocol::{Choices, Leave};
 use crate::daemon::reporter::Reporter;
 use crate::daemon::status::{Place, shown};
 use crate::daemon::store::{self, Held, Store};
 use crate::daemon::ticker::Ticker;
 use crate::daemon::watchdog::{Limits, Watchdog};
-use crate::daemon::{client, jobs, logging, maintenance, places};
+use crate::daemon::{client, events, jobs, logging, maintenance, places};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fuse::{self, SessionHandle};
 use crate::sys::mount;
@@ -39,14 +38,8 @@ use crate::tree::{NodeId, Tree};
 use crate::units::{Name, escape};
 use crate::volume::{Engine, Settings, VolumeOptions};
 
-/// How long the session may take to end after its connection was cut.
-const ABORT: Duration = Duration::from_secs(2);
 /// How often the sources are looked at.
 const LOOK_AT_SOURCES: Duration = Duration::from_secs(1);
-/// How long a close may take when requests hang that nobody waits for any more.
-const LAST_RESORT: Duration = Duration::from_secs(10);
-/// How often the control socket is tried again where the disk had no room for it.
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How long a start waits for a store that another command has locked for a moment.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
@@ -104,7 +97,7 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     // Threads inherit it: before the first.
     let flusher = process::set_io_flusher();
     let watch = Arc::new(Watch::default());
-    tell_on_usr1(&watch)?;
+    events::tell_on_usr1(&watch)?;
     let mountpoint = places::prepare(&config.mountpoint, &mut |text| announce.note(text))?;
     places::keep_apart(&config.store, &mountpoint)?;
     let volumes = named_volumes(config)?;
@@ -249,8 +242,8 @@ fn serve(
     for volume in store.engine().volumes() {
         places::check_source(place, &volume.info().source)?;
     }
-    let (tell, events) = mpsc::channel();
-    catch_signals(tell.clone())?;
+    let (tell, told) = mpsc::channel();
+    events::catch_signals(tell.clone())?;
     let (dog, live, tree) = observers(store, config, place, watch);
     let fd = mount::mount_fuse(
         &mountpoint,
@@ -303,7 +296,7 @@ fn serve(
     }
     let at = shown(mounted.mountpoint());
     tracing::info!("serving store {} at {at}", shown(&place.store));
-    notify(&format!(
+    events::notify(&format!(
         "READY=1\nSTATUS=Serving {at}\nMAINPID={}",
         std::process::id()
     ));
@@ -311,11 +304,11 @@ fn serve(
         tracing::warn!("nobody waits for this mount any more; stopping");
         let _ = tell.send(Event::Signal);
     }
-    let drained = event_loop(&events, &mounted, store.engine(), &mut listen);
-    notify("STOPPING=1\nSTATUS=Closing the store");
+    let drained = events::until_over(&told, &mounted, store.engine(), &mut listen);
+    events::notify("STOPPING=1\nSTATUS=Closing the store");
     if !drained {
         // What hangs may hold the close up, too.
-        end_soon(watch);
+        events::end_soon(watch);
     }
     watchdog.stop();
     sources.stop();
@@ -339,10 +332,7 @@ fn observers(
     place: &Place,
     watch: &Arc<Watch>,
 ) -> (Arc<Watchdog>, Arc<Reporter>, Arc<Tree>) {
-    let belongs: Arc<OnceLock<Weak<Tree>>> = Arc::default();
-    let names = Arc::clone(&belongs);
-    let describe = move |node| names.get()?.upgrade()?.belongs_to(NodeId(node));
-    let dog = Watchdog::new(Arc::clone(watch), config.limits, Box::new(describe));
+    let dog = Watchdog::new(Arc::clone(watch), config.limits);
     let live = Arc::new(Reporter::new(
         store.engine().clone(),
         place.clone(),
@@ -350,8 +340,10 @@ fn observers(
     ));
     let (uid, gid) = (process::effective_uid(), process::effective_gid());
     let tree = Arc::new(Tree::new(store.engine().clone(), uid, gid, live.clone()));
-    // The only one who sets it.
-    let _ = belongs.set(Arc::downgrade(&tree));
+    let names = Arc::downgrade(&tree);
+    watch.describe_by(Box::new(move |node| {
+        names.upgrade()?.belongs_to(NodeId(node))
+    }));
     (dog, live, tree)
 }
 
@@ -394,109 +386,6 @@ fn forget_stale(engine: &Engine, tree: &Tree, session: Arc<SessionHandle>) -> Re
     Ok(())
 }
 
-/// Takes events until the session has ended, or cannot be ended; returns whether it has.
-fn event_loop(
-    events: &Receiver<Event>,
-    mounted: &Mounted,
-    engine: &Engine,
-    listen: &mut dyn FnMut() -> Result<()>,
-) -> bool {
-    let watchdog = watchdog_interval();
-    let mut listens = false;
-    let mut cut_off: Option<Instant> = None;
-    let mut aborted = false;
-    let mut next_beat = Instant::now();
-    loop {
-        let now = Instant::now();
-        if let Some(interval) = watchdog
-            && now >= next_beat
-        {
-            // An engine that does not answer this does not serve: let systemd notice.
-            let _ = engine.log_bytes();
-            notify("WATCHDOG=1");
-            next_beat = now + interval;
-        }
-        listens = listens || listen().is_ok();
-        let beat = watchdog.map(|_| next_beat);
-        let again = (!listens).then(|| now + LISTEN_AGAIN);
-        let wake = [beat, cut_off, again].into_iter().flatten().min();
-        let pause = wake.map_or(Duration::from_secs(3600), |at| {
-            at.saturating_duration_since(now)
-        });
-        match events.recv_timeout(pause) {
-            Ok(Event::SessionEnded) | Err(RecvTimeoutError::Disconnected) => return true,
-            Ok(Event::Unmounted { grace: None }) => {}
-            Ok(Event::Unmounted { grace: Some(grace) }) => cut_off = Some(Instant::now() + grace),
-            Ok(Event::Signal) => {
-                tracing::info!("told to stop");
-                notify("STOPPING=1\nSTATUS=Unmounting");
-                mounted.detach_for_stop();
-                cut_off = Some(Instant::now() + DRAIN);
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                if cut_off.is_some_and(|at| Instant::now() >= at) {
-                    tracing::warn!("the mount is still in use; cutting its users off");
-                    if aborted || !mounted.abort() {
-                        return false;
-                    }
-                    aborted = true;
-                    cut_off = Some(Instant::now() + ABORT);
-                }
-            }
-        }
-    }
-}
-
-/// Half of what systemd allows between two signs of life; `None` when it watches nobody or not us.
-fn watchdog_interval() -> Option<Duration> {
-    let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
-    if number("WATCHDOG_PID").is_some_and(|pid| pid != u64::from(std::process::id())) {
-        return None;
-    }
-    number("WATCHDOG_USEC")
-        .filter(|&us| us > 0)
-        .map(|us| Duration::from_micros(us / 2))
-}
-
-fn notify(text: &str) {
-    if let Err(e) = process::notify_systemd(text) {
-        tracing::debug!("cannot tell systemd: {}", e.chain());
-    }
-}
-
-fn catch_signals(tell: Sender<Event>) -> Result<()> {
-    let count = AtomicUsize::new(0);
-    let tell = Mutex::new(tell);
-    ctrlc::set_handler(move || {
-        if count.fetch_add(1, Ordering::SeqCst) > 0 {
-            tracing::warn!("told to stop a second time: ending at once");
-            std::process::exit(130);
-        }
-        // Nobody listens once the mount has ended: the stop is on its way already.
-        let _ = tell
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .send(Event::Signal);
-    })
-    .map_err(|e| Error::with_source(Kind::Io, "cannot catch signals", e))
-}
-
-/// Has SIGUSR1 write to the log what is under way.
-fn tell_on_usr1(watch: &Arc<Watch>) -> Result<()> {
-    let watch = Arc::downgrade(watch);
-    let tell = move || {
-        let Some(watch) = watch.upgrade() else { return };
-        let never = Limits {
-            named_after: None,
-            abort_after: None,
-        };
-        let all = Watchdog::new(watch, never, Box::new(|_| None)).under_way();
-        tracing::info!("{} requests and jobs are under way", all.len());
-        all.iter().for_each(|text| tracing::info!("{text}"));
-    };
-    signals::on_usr1(tell).context(|| "cannot start a thread")
-}
-
 /// Looks after the sources, in a thread that may wait for their filesystems.
 fn watch_sources(engine: &Arc<Engine>, watch: &Arc<Watch>) -> Result<Ticker> {
     let (engine, watch) = (Arc::downgrade(engine), Arc::clone(watch));
@@ -506,23 +395,4 @@ fn watch_sources(engine: &Arc<Engine>, watch: &Arc<Watch>) -> Result<Ticker> {
             job.run(|| engine.look_at_sources());
         }
     })
-}
-
-/// Ends the process if the close that follows hangs: the store survives that like any kill, and a lock
-/// that is never let go helps nobody.
-fn end_soon(watch: &Arc<Watch>) {
-    let watch = Arc::clone(watch);
-    let end = move || {
-        thread::sleep(LAST_RESORT);
-        let stages: Vec<String> = watch
-            .look()
-            .iter()
-            .map(|seen| seen.what.to_string())
-            .collect();
-        tracing::error!("the close hangs ({}); ending at once", stages.join(", "));
-        process::exit_now(1);
-    };
-    if let Err(e) = thread::Builder::new().name("last-resort".into()).spawn(end) {
-        tracing::warn!("cannot start a thread: {e}");
-    }
 }

@@ -238,6 +238,18 @@ impl Held {
         }
     }
 
+    /// What cannot be read says nothing: then it is taken for one, which trusts less.
+    fn is_copy(&self) -> bool {
+        let copy = home::is_copy(&self.dir).unwrap_or_else(|e| {
+            tracing::warn!("cannot read where the store was: {e}");
+            true
+        });
+        if copy {
+            tracing::warn!("this store is a copy, or was moved to another filesystem");
+        }
+        copy
+    }
+
     /// Opens the store, after making it if it is fresh; recovers what a killed predecessor left.
     ///
     /// # Errors
@@ -257,10 +269,7 @@ impl Held {
             self.dir.overwrite_in_place();
             Engine::create(&environment, &settings)?;
         }
-        let copied = !self.fresh && home::is_copy(&self.dir).context(|| "cannot read the store")?;
-        if copied {
-            tracing::warn!("this store is a copy, or was moved to another filesystem");
-        }
+        let copied = !self.fresh && self.is_copy();
         let settings = Settings { copied, ..settings };
         let engine = Engine::open(environment, settings).map_err(|e| match e.kind() {
             Kind::Unsupported => Error::new(

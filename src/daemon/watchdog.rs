@@ -41,25 +41,20 @@ impl Limits {
     }
 }
 
-/// Says in words which volume, snapshot or clone a node belongs to.
-pub type Describe = dyn Fn(u64) -> Option<String> + Send + Sync;
-
 /// Looks at what is under way.
 pub struct Watchdog {
     watch: Arc<Watch>,
     limits: Limits,
-    describe: Box<Describe>,
     /// What was named, by number.
     named: Mutex<Vec<(u64, StuckRow)>>,
 }
 
 impl Watchdog {
     /// Makes one; it sleeps until [`Watchdog::start`].
-    pub fn new(watch: Arc<Watch>, limits: Limits, describe: Box<Describe>) -> Arc<Watchdog> {
+    pub fn new(watch: Arc<Watch>, limits: Limits) -> Arc<Watchdog> {
         Arc::new(Watchdog {
             watch,
             limits,
-            describe,
             named: Mutex::default(),
         })
     }
@@ -132,7 +127,7 @@ impl Watchdog {
             operation: seen.what.to_string(),
             subject: match seen.node {
                 0 => None,
-                node => Some((self.describe)(node).unwrap_or_else(|| format!("inode {node}"))),
+                node => Some(self.watch.describe(node)),
             },
             seconds: seen.age.as_secs(),
             quiet_seconds: seen.quiet.as_secs(),
@@ -250,8 +245,8 @@ mod tests {
             abort_after: None,
         };
         let watch = Arc::new(Watch::default());
-        let describe = |node| (node == 17).then(|| "vm".to_owned());
-        let dog = Watchdog::new(watch.clone(), limits, Box::new(describe));
+        watch.describe_by(Box::new(|node| (node == 17).then(|| "vm".to_owned())));
+        let dog = Watchdog::new(watch.clone(), limits);
         assert!(dog.stuck().is_empty());
         let work = watch.begin("write", 17, false);
         work.run(|| {

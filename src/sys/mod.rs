@@ -15,7 +15,7 @@ pub mod watch;
 /// Waits for what other tests of this process can delay: a child of theirs holds copies of our
 /// descriptors between fork and exec.
 #[cfg(test)]
-fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
+pub(crate) fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
     for _ in 0..500 {
         if is_so() {
             return true;

@@ -15,7 +15,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What is asked of the system.
@@ -125,10 +125,14 @@ thread_local! {
     static HERE: RefCell<Option<Arc<Slot>>> = const { RefCell::new(None) };
 }
 
+/// Says in words what a node is.
+pub type Describe = dyn Fn(u64) -> Option<String> + Send + Sync;
+
 /// Everything that is under way for one daemon.
 #[derive(Default)]
 pub struct Watch {
     slots: Mutex<Slots>,
+    describe: OnceLock<Box<Describe>>,
 }
 
 #[derive(Default)]
@@ -140,6 +144,17 @@ struct Slots {
 impl Watch {
     fn lock(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has nodes named by who knows them, from memory alone. The first one who does stays.
+    pub fn describe_by(&self, describe: Box<Describe>) {
+        let _ = self.describe.set(describe);
+    }
+
+    /// A node in words; by its number if nobody knows it.
+    pub fn describe(&self, node: u64) -> String {
+        let known = self.describe.get().and_then(|describe| describe(node));
+        known.unwrap_or_else(|| format!("inode {node}"))
     }
 
     /// Begins a request about a node.

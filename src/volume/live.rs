@@ -514,6 +514,7 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
             ),
         )
     };
+    vol.named()?;
     let started = vol.syncs_started.load(Ordering::Acquire);
     let mut succeeded = lock(&vol.sync);
     if let VolumeState::Suspect(why) = &vol.state().health {
@@ -529,6 +530,8 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
     };
     match synced {
         Ok(()) => {
+            // Who was deleted meanwhile is durable for nobody.
+            vol.named()?;
             *succeeded = number;
             Ok(())
         }

@@ -7,13 +7,13 @@
 //! Promises: nothing is read from behind the end of a source that was cut off, as zeros or as a hole, and
 //! nothing is written there; a source of another size than the volume's makes the volume `changed`, in
 //! the log as well, so that a restart remembers; a source without a name, which would be gone with the
-//! daemon, makes it `suspect`, so that nothing is said to be durable that is not. A source that was only
+//! daemon, makes it `suspect`, and no sync that returns after it lost its name succeeds. A source that was only
 //! renamed goes on, with a word to the operator.
 
-use std::sync::PoisonError;
+use std::sync::TryLockError;
 use std::sync::atomic::Ordering;
 
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Kind, Result};
 use crate::units::escape;
 use crate::volume::catalog::Trust;
 use crate::volume::engine::Engine;
@@ -28,10 +28,13 @@ impl Vol {
     /// `Failed` if it is not: the volume is `changed` from then on. `Io`.
     pub fn whole(&self) -> Result<()> {
         let size = self.size();
-        let cut = self.source()?.shorter_than(size);
-        let cut = cut.context(|| format!("cannot stat {}", self.source_path))?;
-        // A resize sets the volume's size first.
-        if !cut || self.size() < size {
+        let cut = || {
+            let cut = self.source()?.shorter_than(size);
+            cut.context(|| format!("cannot stat {}", self.source_path))
+        };
+        // A resize sets the volume's size ahead of the source's. The second look is for who holds no gate:
+        // a shrink and a growth may both have passed since the first.
+        if !cut()? || self.size() < size || !cut()? {
             return Ok(());
         }
         self.note_changed(format!(
@@ -59,13 +62,30 @@ impl Vol {
         };
     }
 
-    /// Takes note that the source's content goes with this process.
-    fn note_nameless(&self, why: String) {
+    /// Whether a name leads to the source. Without one its content goes with this process: the volume is
+    /// `suspect` from then on. Costs no I/O; a source that is not open has lost nothing here.
+    ///
+    /// # Errors
+    /// `Failed` if none does; `Io`.
+    pub fn named(&self) -> Result<()> {
+        let Some(source) = &self.source else {
+            return Ok(());
+        };
+        let named = source.has_name();
+        if named.context(|| format!("cannot stat {}", self.source_path))? {
+            return Ok(());
+        }
+        let why = format!(
+            "the source {} was deleted and its content goes with the daemon; copy live.img away while it is \
+             mounted",
+            escape(&self.source_path)
+        );
         let mut state = self.state();
         if matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
             tracing::error!("volume {}: {why}", self.name);
-            state.health = VolumeState::Suspect(why);
+            state.health = VolumeState::Suspect(why.clone());
         }
+        Err(Error::new(Kind::Failed, why))
     }
 }
 
@@ -105,28 +125,23 @@ impl Engine {
                 .get(&vol.id)
                 .is_none_or(|entry| entry.trust == Trust::Changed)
         };
-        if vol.state().trust != Trust::Changed || known(&self.shared) {
+        let due = || vol.state().trust == Trust::Changed && !known(&self.shared);
+        if !due() {
             return Ok(());
         }
         let _structure = lock(&self.shared.structure);
         self.shared.check_open()?;
-        if known(&self.shared) {
+        // An operator may have accepted it meanwhile.
+        if !due() {
             return Ok(());
         }
         let now = self.shared.env.clock.now_ns();
         self.change_entry(vol, |entry, state| {
             entry.trust = state.trust;
             state.note_change(now);
-        })
-    }
-
-    /// Whether no name leads to the volume's source any more.
-    ///
-    /// # Errors
-    /// The system's error.
-    pub(in crate::volume) fn is_nameless(&self, vol: &Vol) -> Result<bool> {
-        let named = vol.source()?.has_name();
-        Ok(!named.context(|| format!("cannot stat {}", vol.source_path))?)
+        })?;
+        tracing::info!("volume {}: the log knows of the changed source", vol.name);
+        Ok(())
     }
 }
 
@@ -134,16 +149,24 @@ fn look(shared: &Shared, vol: &Vol) -> Result<()> {
     let Some(source) = &vol.source else {
         return Ok(());
     };
-    let context = || format!("cannot stat {}", vol.source_path);
     {
-        // Nobody of us changes the size meanwhile.
-        let _gate = vol.gate.read().unwrap_or_else(PoisonError::into_inner);
+        // Held, nobody of us changes the size. Whoever has it exclusively may do so for long, or hang: the
+        // other volumes must not wait for that.
+        let _gate = match vol.gate.try_read() {
+            Ok(gate) => gate,
+            Err(TryLockError::Poisoned(gate)) => gate.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
         if shared.closed.load(Ordering::Acquire) {
             return Ok(());
         }
-        let found = source.identity().context(context)?;
-        let entry = lock(&shared.catalog).volumes.get(&vol.id).cloned();
-        if entry.is_some_and(|entry| !entry.allows(&found)) {
+        let found = source.identity();
+        let found = found.context(|| format!("cannot stat {}", vol.source_path))?;
+        let catalog = lock(&shared.catalog);
+        let entry = catalog.volumes.get(&vol.id);
+        let strange = entry.is_some_and(|entry| !entry.allows(&found));
+        drop(catalog);
+        if strange {
             vol.note_changed(format!(
                 "it has {} bytes and the volume {}",
                 found.size,
@@ -152,14 +175,10 @@ fn look(shared: &Shared, vol: &Vol) -> Result<()> {
         }
     }
     let elsewhere = shared.env.sources.astray(&vol.source_path, &**source)?;
-    if let Some(what) = &elsewhere
-        && !source.has_name().context(context)?
-    {
-        vol.note_nameless(format!(
-            "{} names {what}, and the file being served was deleted: its content goes with the \
-             daemon; copy live.img away while it is mounted",
-            escape(&vol.source_path)
-        ));
+    if elsewhere.is_some() && vol.named().is_err_and(|e| e.kind() == Kind::Failed) {
+        // It says so itself.
+        vol.state().astray = None;
+        return Ok(());
     }
     let astray = elsewhere.map(|what| {
         format!(

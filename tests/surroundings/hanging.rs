@@ -103,7 +103,11 @@ fn what_hangs_is_named() {
     assert!(hangs.0.try_wait().unwrap().is_none());
     // SIGUSR1 writes what is under way to the log.
     signal(rig.pid(), "USR1");
-    eventually("the log has it", || log(&rig).contains("under way"));
+    eventually("the log has it, by name", || {
+        let log = log(&rig);
+        let told = log.split_once("are under way").map(|(_, told)| told);
+        told.is_some_and(|told| told.contains("INFO stillframe::daemon::events: write on vm for "))
+    });
     freezer.thaw();
     assert!(hangs.0.wait().unwrap().success());
     eventually("it is over", || {
@@ -127,7 +131,7 @@ fn a_wait_for_space_is_not_stuck() {
     fs::write(&source, vec![5; 64 << 20]).unwrap();
     rig.mount_with(&[
         "--stuck-after=1",
-        "--abort-stuck=2",
+        "--abort-stuck=1",
         "--limit=24M",
         "--segment-size=4M",
         "--on-full-wait=600",
@@ -142,8 +146,8 @@ fn a_wait_for_space_is_not_stuck() {
     let mut waits = Running(dd.stderr(Stdio::null()).spawn().unwrap());
     let used = || status(&rig)["thin"]["free"].as_u64().unwrap();
     eventually("it is full", || used() < 4 << 20);
-    // Twice the limit after which the mount would be cut off.
-    std::thread::sleep(Duration::from_secs(5));
+    // That something does not happen takes time to see: three times the limits.
+    std::thread::sleep(Duration::from_secs(3));
     assert!(waits.0.try_wait().unwrap().is_none(), "it does not wait");
     assert_eq!(status(&rig)["stuck"].as_array().unwrap().len(), 0);
     assert!(!log(&rig).contains("stuck:"), "{}", log(&rig));
@@ -195,40 +199,53 @@ fn a_stuck_mount_is_cut_off_on_request() {
     rig.umount();
 }
 
-/// A daemon that is stopped: its clients cannot even be killed. `umount --force` frees them.
+/// A daemon that is stopped does not answer, and `umount` says so; `umount --force` frees its clients.
 #[test]
 fn force_frees_the_clients_of_a_stopped_daemon() {
     if !can_mount() || !is_root() {
         return;
     }
-    for kill_client in [false, true] {
-        let mut rig = served();
-        touch(&rig.snapshot("vm", "a")).unwrap();
-        let pid = rig.pid();
-        signal(pid, "STOP");
-        let mut client = Running(writer(&rig.live("vm")));
-        eventually("the client hangs", || waits(client.0.id()));
-        if kill_client {
-            signal(client.0.id(), "KILL");
-        }
-        let start = Instant::now();
-        let said = refused(&rig.umount_command().output().unwrap(), 6);
-        assert!(said.contains("--force"), "{said}");
-        let gently = start.elapsed();
-        let out = rig.umount_command().arg("--force").output().unwrap();
-        let took = start.elapsed() - gently;
-        assert_eq!(out.status.code(), Some(0));
-        assert!(String::from_utf8_lossy(&out.stderr).contains(&pid.to_string()));
-        let ended = client.0.wait().unwrap();
-        assert!(!ended.success());
-        println!("asked in vain for {gently:?}, forced in {took:?}");
-        assert!(gently < Duration::from_secs(20) && took < Duration::from_secs(20));
-        assert!(!is_mounted(&rig.mnt()));
-        signal(pid, "CONT");
-        eventually("the daemon ends", || gone(pid));
-        rig.mount();
-        rig.umount();
+    let mut rig = served();
+    touch(&rig.snapshot("vm", "a")).unwrap();
+    signal(rig.pid(), "STOP");
+    let mut client = Running(writer(&rig.live("vm")));
+    eventually("the client hangs", || waits(client.0.id()));
+    let start = Instant::now();
+    let said = refused(&rig.umount_command().output().unwrap(), 6);
+    assert!(said.contains("--force"), "{said}");
+    println!("asked in vain for {:?}", start.elapsed());
+    assert!(client.0.try_wait().unwrap().is_none(), "still hangs");
+    freed(&mut rig, &mut client);
+}
+
+/// A client of such a daemon cannot even be killed; it ends with `umount --force`.
+#[test]
+fn force_ends_a_client_that_was_killed_in_vain() {
+    if !can_mount() || !is_root() {
+        return;
     }
+    let mut rig = served();
+    signal(rig.pid(), "STOP");
+    let mut client = Running(writer(&rig.live("vm")));
+    eventually("the client hangs", || waits(client.0.id()));
+    signal(client.0.id(), "KILL");
+    freed(&mut rig, &mut client);
+}
+
+/// Forces the mount of a stopped daemon: its client ends, and the store is fine.
+fn freed(rig: &mut Rig, client: &mut Running) {
+    let pid = rig.pid();
+    let start = Instant::now();
+    let out = rig.umount_command().arg("--force").output().unwrap();
+    assert_eq!(out.status.code(), Some(0));
+    assert!(String::from_utf8_lossy(&out.stderr).contains(&pid.to_string()));
+    assert!(!client.0.wait().unwrap().success());
+    println!("forced in {:?}", start.elapsed());
+    assert!(!is_mounted(&rig.mnt()));
+    signal(pid, "CONT");
+    eventually("the daemon ends", || gone(pid));
+    rig.mount();
+    rig.umount();
 }
 
 /// Whether a process sleeps in a system call.
@@ -258,9 +275,7 @@ fn an_unmount_names_who_is_in_the_way_and_ends() {
         fds.flatten()
             .any(|fd| fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("vm/live.img")))
     });
-    let start = Instant::now();
     let said = refused(&rig.umount_command().output().unwrap(), 5);
-    assert!(start.elapsed() < Duration::from_secs(20));
     for (name, holder) in [("tail", &tail), ("sleep", &sleep)] {
         let named = format!("{name} (pid {})", holder.0.id());
         assert!(said.contains(&named), "{said}");
@@ -299,13 +314,55 @@ fn an_unmount_that_cannot_finish_comes_back() {
         said.contains("is not closed yet") && said.contains(&pid.to_string()),
         "{said}"
     );
-    assert!(took < Duration::from_secs(20), "{took:?}");
+    println!("came back after {took:?}");
     assert!(!is_mounted(&rig2.mnt()));
     freezer.thaw();
     eventually("it goes on by itself", || gone(pid));
     rig2.mount();
     assert_eq!(super::vm(&rig2)["state"], "active");
     rig2.umount();
+}
+
+/// The log lies on a filesystem that hangs: the daemon serves on, can be asked to stop, and is ended by the
+/// second signal, although it can say nothing of all that.
+#[test]
+fn a_log_that_hangs_holds_up_nobody() {
+    if !can_mount() || !can_loop() {
+        return;
+    }
+    let mut rig = served();
+    rig.umount();
+    let freezer = Freezer::new(&rig);
+    let log = freezer.at.join("daemon.log");
+    let mut command = rig.command(&["mount", "--foreground"]);
+    command.arg(rig.mnt()).arg("--log").arg(&log);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut daemon = Running(command.spawn().unwrap());
+    let pid = daemon.0.id();
+    eventually("it serves, and has said so", || {
+        fs::read_to_string(&log).is_ok_and(|log| log.contains("serving store"))
+    });
+    let size = || fs::metadata(&log).unwrap().len();
+    let before = size();
+    freezer.freeze();
+    // Something to log.
+    signal(pid, "USR1");
+    touch(&rig.snapshot("vm", "a")).unwrap();
+    assert_eq!(status(&rig)["unanswered"], false);
+    let mut sleep = Command::new("sleep");
+    let sleep = Running(sleep.arg("1000").current_dir(rig.mnt()).spawn().unwrap());
+    // Is said in the log, too: who uses it.
+    signal(pid, "TERM");
+    eventually("it is detached", || !is_mounted(&rig.mnt()));
+    signal(pid, "TERM");
+    eventually("it ends at once", || ended(pid));
+    assert_eq!(size(), before, "the log did not hang");
+    freezer.thaw();
+    assert_eq!(daemon.0.wait().unwrap().code(), Some(130));
+    drop(sleep);
+    rig.mount();
+    assert!(fs::read(rig.snapshot("vm", "a")).unwrap() == super::content("disk.img"));
+    rig.umount();
 }
 
 /// Dead mounts: ours is replaced by the next mount at its place, named by `doctor`; a dead one of somebody

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::{content, log, served, vm};
 use crate::rig::{
@@ -98,10 +98,11 @@ fn any_signal_at_any_moment() {
                 std::thread::sleep(Duration::from_millis(chance.below(30)));
                 sender.send("TERM");
             }
-            let start = Instant::now();
-            eventually("it ends", || gone(pid));
-            let took = start.elapsed();
-            assert!(took < Duration::from_secs(30), "{end}: {took:?}");
+            if round % 3 > 0 {
+                // Else its users are cut off after a few seconds.
+                over.store(true, Ordering::Release);
+            }
+            eventually(&format!("it ends by {end}"), || gone(pid));
             over.store(true, Ordering::Release);
         });
         match daemon.0.wait().unwrap().code() {

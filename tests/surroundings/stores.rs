@@ -31,19 +31,23 @@ fn a_second_daemon_is_out_at_once() {
         paths.push(bound.clone());
     }
     for path in paths {
-        let start = Instant::now();
-        let mut command = Command::new(crate::rig::BINARY);
-        command.args(["mount", mnt2, "--store"]).arg(&path);
-        let out = command.stdin(Stdio::null()).output().unwrap();
-        let took = start.elapsed();
+        let out = || {
+            let start = Instant::now();
+            let mut command = Command::new(crate::rig::BINARY);
+            command.args(["mount", mnt2, "--store"]).arg(&path);
+            let out = command.stdin(Stdio::null()).output().unwrap();
+            (out, start.elapsed())
+        };
+        // A start that waits for the lock (2 s) does so every time; a busy machine is slow now and then.
+        let mut tries = (0..20).map(|_| out());
+        let found = tries.find(|(_, took)| *took < Duration::from_secs(1));
         if path == bound {
             must("umount", &[bound.to_str().unwrap()]);
         }
+        let (out, took) = found.expect("a second daemon is refused in less than a second");
         let said = refused(&out, 6);
         assert!(said.contains(&pid), "{}: {said}", path.display());
         println!("refused by {} after {took:?}", path.display());
-        // A machine under load is no reason to fail; a wait for the lock (2 s) is.
-        assert!(took < Duration::from_millis(1900), "{took:?}");
     }
     assert_eq!(status(&rig)["pid"], rig.pid());
     assert!(!is_mounted(&rig.at("mnt2")));
