@@ -1,6 +1,6 @@
 //! Whether a store is where it was made, or a copy.
 //!
-//! A file of the store, `home`, says which inode it is, when it was made, on which device and since which
+//! A file of the store, `home`, says which inode it is, when it was made, on which filesystem and since which
 //! boot of the machine. `cp -a`, `rsync`, a restored backup make another file, so a copy tells itself from
 //! the original. Two stores that serve one source, one after the other, would each miss what the other has
 //! overwritten; the one that knows itself for a copy trusts no source that it cannot compare
@@ -9,8 +9,9 @@
 //! Promises: [`is_copy`] changes nothing; a store without the file (of an older version) is no copy; a file
 //! that says nothing sensible is one. [`settle`] replaces the file as a whole: a full disk, a kill or a power
 //! cut leaves the old one or the new one, never a torn one that would make a copy of the original. A copy of
-//! the whole filesystem, block by block or as its own snapshot, is not noticed unless it is used in the same
-//! boot; in turn, a filesystem that comes back under another device number within one boot looks like one.
+//! the whole filesystem, block by block, is noticed in the same boot only, and on btrfs not at all (but there a
+//! snapshot of the subvolume is); in turn, a filesystem that comes back under another device number within
+//! one boot looks like a copy.
 
 use std::fs::{self, Metadata};
 use std::io::{self, ErrorKind};
@@ -19,6 +20,7 @@ use std::time::UNIX_EPOCH;
 
 use crate::sys::disk::{Dir, Disk, Open};
 use crate::sys::file::FileDir;
+use crate::sys::place::{Place, place_of};
 
 /// The file's name in the store.
 pub const HOME: &str = "home";
@@ -36,7 +38,7 @@ pub fn is_copy(dir: &FileDir) -> io::Result<bool> {
     let Some((noted, meta)) = read(dir)? else {
         return Ok(false);
     };
-    let here = Where::of(&meta, boot());
+    let here = Where::of(&meta, place_of(dir)?, boot());
     // What is not understood was not written by us, here.
     Ok(Where::parse(&noted).is_none_or(|noted| noted.differs(&here)))
 }
@@ -47,7 +49,7 @@ pub fn is_copy(dir: &FileDir) -> io::Result<bool> {
 /// The system's error; what was noted before still is.
 pub fn settle(dir: &FileDir) -> io::Result<()> {
     if let Some((noted, meta)) = read(dir)?
-        && noted == Where::of(&meta, boot()).text().as_bytes()
+        && noted == Where::of(&meta, place_of(dir)?, boot()).text().as_bytes()
     {
         return Ok(());
     }
@@ -67,7 +69,7 @@ pub fn settle(dir: &FileDir) -> io::Result<()> {
 /// The complete file under its first name. Renaming keeps inode and birth.
 fn write_new(dir: &FileDir) -> io::Result<()> {
     let file = dir.open_file(NEW, Open::Create)?;
-    let text = Where::of(&look(dir, NEW)?, boot()).text();
+    let text = Where::of(&look(dir, NEW)?, place_of(dir)?, boot()).text();
     file.write_all_at(0, &[text.as_bytes()])?;
     file.sync_data()
 }
@@ -104,12 +106,12 @@ struct Where {
     ino: u64,
     /// Nanoseconds since 1970; 0 where the filesystem does not keep it.
     born: u128,
-    dev: u64,
+    place: Place,
     boot: String,
 }
 
 impl Where {
-    fn of(meta: &Metadata, boot: String) -> Where {
+    fn of(meta: &Metadata, place: Place, boot: String) -> Where {
         let born = meta
             .created()
             .ok()
@@ -117,7 +119,7 @@ impl Where {
         Where {
             ino: meta.ino(),
             born: born.map_or(0, |since| since.as_nanos()),
-            dev: meta.dev(),
+            place,
             boot,
         }
     }
@@ -128,7 +130,12 @@ impl Where {
         } else {
             &self.boot
         };
-        format!("{VERSION} {} {} {} {boot}\n", self.ino, self.born, self.dev)
+        let place = match self.place {
+            Place::Device(number) => format!("dev:{number}"),
+            Place::Filesystem(number) => format!("fs:{number}"),
+            Place::Unknown => "-".to_owned(),
+        };
+        format!("{VERSION} {} {} {place} {boot}\n", self.ino, self.born)
     }
 
     fn parse(bytes: &[u8]) -> Option<Where> {
@@ -139,20 +146,29 @@ impl Where {
         }
         let ino = words.next()?.parse().ok()?;
         let born = words.next()?.parse().ok()?;
-        let dev = words.next()?.parse().ok()?;
+        let place = match words.next()?.split_once(':') {
+            Some(("dev", number)) => Place::Device(number.parse().ok()?),
+            Some(("fs", number)) => Place::Filesystem(number.parse().ok()?),
+            Some(_) => return None,
+            None => Place::Unknown,
+        };
         let boot = words.next()?.trim_start_matches('-').to_owned();
         Some(Where {
             ino,
             born,
-            dev,
+            place,
             boot,
         })
     }
 
-    /// Device numbers mean something within one boot only.
     fn differs(&self, here: &Where) -> bool {
         let same_boot = !here.boot.is_empty() && self.boot == here.boot;
-        self.ino != here.ino || self.born != here.born || same_boot && self.dev != here.dev
+        let elsewhere = match (self.place, here.place) {
+            (Place::Device(was), Place::Device(is)) => same_boot && was != is,
+            (Place::Unknown, _) | (_, Place::Unknown) => false,
+            (was, is) => was != is,
+        };
+        self.ino != here.ino || self.born != here.born || elsewhere
     }
 }
 
@@ -248,15 +264,27 @@ mod tests {
 
     #[test]
     fn a_device_counts_within_a_boot_only() {
-        let at = |dev, boot: &str| Where {
+        use Place::{Device, Filesystem, Unknown};
+        let at = |place, boot: &str| Where {
             ino: 1,
             born: 2,
-            dev,
+            place,
             boot: boot.to_owned(),
         };
-        assert!(at(3, "x").differs(&at(4, "x")));
-        assert!(!at(3, "x").differs(&at(4, "y")) && !at(3, "").differs(&at(4, "")));
-        for one in [at(3, "x"), at(3, "")] {
+        let dev = |number, boot| at(Device(number), boot);
+        assert!(dev(3, "x").differs(&dev(4, "x")));
+        assert!(!dev(3, "x").differs(&dev(4, "y")) && !dev(3, "").differs(&dev(4, "")));
+        // A subvolume's number counts for ever.
+        assert!(at(Filesystem(3), "x").differs(&at(Filesystem(4), "y")));
+        assert!(!at(Filesystem(3), "x").differs(&at(Filesystem(3), "y")));
+        assert!(at(Filesystem(3), "x").differs(&dev(3, "y")));
+        assert!(!at(Unknown, "x").differs(&dev(3, "x")) && !dev(3, "x").differs(&at(Unknown, "x")));
+        for one in [
+            dev(3, "x"),
+            dev(3, ""),
+            at(Unknown, "x"),
+            at(Filesystem(9), "x"),
+        ] {
             assert_eq!(Where::parse(one.text().as_bytes()), Some(one));
         }
     }

@@ -5,6 +5,7 @@ pub mod disk;
 pub mod file;
 pub mod lock;
 pub mod mount;
+pub mod place;
 pub mod planted;
 pub mod process;
 pub mod signals;

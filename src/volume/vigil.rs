@@ -49,17 +49,18 @@ impl Vol {
         if state.trust == Trust::Changed || state.removed {
             return;
         }
+        state.trust = Trust::Changed;
+        // A sync that failed stays failed: only the reason grows.
+        state.health = match &state.health {
+            VolumeState::Suspect(before) => VolumeState::Suspect(format!("{before}; {why}")),
+            _ => VolumeState::Changed(why.clone()),
+        };
+        drop(state);
         tracing::error!(
             "volume {}: the source {} is not ours any more: {why}",
             self.name,
             escape(&self.source_path)
         );
-        state.trust = Trust::Changed;
-        // A sync that failed stays failed: only the reason grows.
-        state.health = match &state.health {
-            VolumeState::Suspect(before) => VolumeState::Suspect(format!("{before}; {why}")),
-            _ => VolumeState::Changed(why),
-        };
     }
 
     /// Whether a name leads to the source. Without one its content goes with this process: the volume is
@@ -81,9 +82,13 @@ impl Vol {
             escape(&self.source_path)
         );
         let mut state = self.state();
-        if matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
-            tracing::error!("volume {}: {why}", self.name);
+        let new = matches!(state.health, VolumeState::Active | VolumeState::Unverified);
+        if new {
             state.health = VolumeState::Suspect(why.clone());
+        }
+        drop(state);
+        if new {
+            tracing::error!("volume {}: {why}", self.name);
         }
         Err(Error::new(Kind::Failed, why))
     }
@@ -186,10 +191,9 @@ fn look(shared: &Shared, vol: &Vol) -> Result<()> {
             escape(&vol.source_path)
         )
     });
-    let mut state = vol.state();
-    if let Some(text) = astray.as_ref().filter(|_| state.astray.is_none()) {
+    let before = std::mem::replace(&mut vol.state().astray, astray.clone());
+    if let (None, Some(text)) = (before, astray) {
         tracing::warn!("volume {}: {text}", vol.name);
     }
-    state.astray = astray;
     Ok(())
 }

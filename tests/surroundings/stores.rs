@@ -2,11 +2,14 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{content, errno, is_root, refused, served, status, vm, writable};
-use crate::rig::{Rig, can_mount, eventually, is_mounted, must, setting, touch};
+use super::{content, errno, image, is_root, refused, served, status, vm, writable};
+use crate::rig::{
+    Attached, Rig, can_loop, can_mount, eventually, is_mounted, must, setting, touch,
+};
 
 /// A second daemon is out at once, naming the first, by whatever path it comes.
 #[test]
@@ -164,5 +167,50 @@ fn a_copied_store_trusts_no_source() {
     eventually("the snapshot is refused", || {
         fs::read(rig.snapshot("vm", "a")).is_err()
     });
+    rig.umount();
+}
+
+/// On btrfs a store is copied with the subvolume it lies in, file for file the same: it knows that, too. The
+/// original knows itself after its filesystem was mounted again.
+#[test]
+fn a_btrfs_snapshot_of_a_store_is_a_copy() {
+    if !can_mount() || !can_loop() {
+        return;
+    }
+    if Command::new("btrfs").arg("version").output().is_err() {
+        crate::rig::skip("btrfs");
+        return;
+    }
+    let top = Rig::new();
+    let file = top.source("btrfs", 256 << 20);
+    must("mkfs.btrfs", &["-q", file.to_str().unwrap()]);
+    let at = top.at("at");
+    fs::create_dir(&at).unwrap();
+    let mut attached = Attached::new(&file);
+    attached.mount(&at);
+    let (own, copy) = (at.join("own"), at.join("copy"));
+    let (own, copy) = (own.to_str().unwrap(), copy.to_str().unwrap());
+    must("btrfs", &["subvolume", "create", own]);
+    let disk = image(&top, "disk.img");
+    let mut rig = Rig::with_store(Path::new(own).join("store"));
+    rig.mount_with(&["--volume", &format!("vm={}", disk.display())]);
+    touch(&rig.snapshot("vm", "a")).unwrap();
+    must("btrfs", &["subvolume", "snapshot", own, copy]);
+    let live = writable(&rig.live("vm"));
+    live.write_all_at(&[7; 9000], 3000).unwrap();
+    live.sync_all().unwrap();
+    drop(live);
+    rig.kill();
+    let mut other = Rig::with_store(Path::new(copy).join("store"));
+    other.mount();
+    assert_eq!(vm(&other)["state"], "changed");
+    assert_eq!(errno(fs::read(other.snapshot("vm", "a"))), libc::EIO);
+    other.umount();
+    must("fusermount3", &["-u", "-z", rig.mnt().to_str().unwrap()]);
+    attached.unmount();
+    attached.mount(&at);
+    rig.mount();
+    assert_eq!(vm(&rig)["state"], "unverified");
+    assert!(fs::read(rig.snapshot("vm", "a")).unwrap() == content("disk.img"));
     rig.umount();
 }

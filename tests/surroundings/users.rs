@@ -74,7 +74,7 @@ fn others_get_in_as_far_as_they_are_let() {
             format!("mv {at}/vm/snapshots/a.img {at}/vm/snapshots/b.img"),
             format!("chmod 777 {at}/vm/live.img"),
             format!("setfattr -n user.stillframe.revert -v a {at}/vm/live.img"),
-            format!("getfattr -d {at}/vm/live.img && false"),
+            format!("getfattr -d {at}/vm/live.img"),
             format!("truncate -s 0 {at}/vm/clones/c.img"),
         ];
         for user in [STRANGER, GROUP] {
@@ -116,6 +116,16 @@ fn others_get_in_as_far_as_they_are_let() {
         }
         private_store(&rig.store());
         turned_away(&rig);
+        // It was not for want of a program that they failed. (The first and the last may nobody; what the
+        // second removes, others need.)
+        let left_out = ["chmod", "rm", "truncate"];
+        for deed in &deeds {
+            if !left_out.iter().any(|word| deed.starts_with(word)) {
+                let out = as_user((0, 0), deed);
+                let said = String::from_utf8_lossy(&out.stderr).into_owned();
+                assert!(out.status.success(), "{deed}: {said}");
+            }
+        }
         rig.umount();
         private_store(&rig.store());
     }
