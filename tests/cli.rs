@@ -1382,6 +1382,10 @@ fn a_mount_nobody_waits_for_ends() {
         allow_other: false,
         limit: None,
         segment_size: None,
+        limits: stillframe::daemon::watchdog::Limits {
+            named_after: None,
+            abort_after: None,
+        },
         log: Log::File(b.at("log")),
     };
     let mut deaf = Deaf(false);

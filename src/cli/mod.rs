@@ -93,7 +93,10 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => {
             // A reader that went away is no failure of ours.
-            let _ = e.print();
+            let _ = match e.use_stderr() {
+                true => std::io::Write::write_all(&mut std::io::stderr(), usage(&e).as_bytes()),
+                false => e.print(),
+            };
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(exit::USAGE));
         }
     };
@@ -109,6 +112,13 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit::code(e.kind()))
         }
     }
+}
+
+/// What the parser says of a wrong line. It repeats arguments as they are; a terminal must not get them so.
+fn usage(e: &clap::Error) -> String {
+    let text = e.render().to_string();
+    let lines = text.lines().map(exit::safe);
+    lines.collect::<Vec<_>>().join("\n") + "\n"
 }
 
 fn run(cli: &Cli) -> Result<u8> {
@@ -146,6 +156,22 @@ mod tests {
     #[test]
     fn the_grammar_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_wrong_argument_reaches_no_terminal_as_it_is() {
+        let line = [
+            "stillframe",
+            "snapshot",
+            "create",
+            "vm@\u{1b}[31m\t\u{202e}x",
+        ];
+        let said = usage(&Cli::try_parse_from(line).err().unwrap());
+        let plain = |b: u8| (0x20..0x7f).contains(&b) || b == b'\n';
+        assert!(
+            said.bytes().all(plain) && said.contains("\\u{1b}"),
+            "{said:?}"
+        );
     }
 
     #[test]

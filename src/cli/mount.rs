@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 
@@ -11,6 +12,7 @@ use crate::daemon::launch::{self, Parent};
 use crate::daemon::protocol::Choices;
 use crate::daemon::serve::{self, Announce, Config, Log};
 use crate::daemon::status::shown;
+use crate::daemon::watchdog::{self, Limits};
 use crate::error::{Error, Kind, Result};
 
 /// Arguments.
@@ -38,6 +40,12 @@ pub struct MountArgs {
     /// [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = args::segment)]
     pub segment_size: Option<u64>,
+    /// Name a request in the log and in the status that is older than so many seconds; 0 for never
+    #[arg(long, value_name = "SECONDS", default_value_t = watchdog::NAMED_AFTER_S)]
+    pub stuck_after: u32,
+    /// Cut the users of the mount off when a request has hung for so many seconds; never by default
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub abort_stuck: Option<u32>,
     /// Choices for new volumes.
     #[command(flatten)]
     pub choices: NewVolumeArgs,
@@ -61,6 +69,7 @@ pub fn run(args: &MountArgs, store: &Path) -> Result<()> {
         allow_other: args.allow_other,
         limit: args.limit,
         segment_size: args.segment_size,
+        limits: limits(args),
         log: match log {
             Some(path) => Log::File(path),
             None if args.foreground => Log::Stderr,
@@ -79,6 +88,14 @@ pub fn run(args: &MountArgs, store: &Path) -> Result<()> {
     }
     super::interrupt::install()?;
     start(&config)
+}
+
+fn limits(args: &MountArgs) -> Limits {
+    let seconds = |n: u32| (n > 0).then(|| Duration::from_secs(n.into()));
+    Limits {
+        named_after: seconds(args.stuck_after),
+        abort_after: args.abort_stuck.and_then(seconds),
+    }
 }
 
 fn start(config: &Config) -> Result<()> {
@@ -109,6 +126,11 @@ fn command_line(config: &Config) -> Vec<OsString> {
     }
     if let Some(bytes) = config.segment_size {
         line.push(format!("--segment-size={bytes}").into());
+    }
+    let named = config.limits.named_after.unwrap_or_default();
+    line.push(format!("--stuck-after={}", named.as_secs()).into());
+    if let Some(limit) = config.limits.abort_after {
+        line.push(format!("--abort-stuck={}", limit.as_secs()).into());
     }
     let choices = config.choices;
     if let Some(bytes) = choices.grain {
@@ -153,6 +175,10 @@ pub fn scratch(store: &Path, mountpoint: &Path, name: &str, source: &Path) -> Re
         allow_other: false,
         limit: None,
         segment_size: None,
+        limits: Limits {
+            named_after: Some(Duration::from_secs(watchdog::NAMED_AFTER_S.into())),
+            abort_after: None,
+        },
         log: Log::File(store.with_file_name("daemon.log")),
     };
     let line = command_line(&config);
@@ -188,6 +214,8 @@ mod tests {
             "--limit=3G",
             "--segment-size",
             "4M",
+            "--stuck-after=9",
+            "--abort-stuck=99",
         ];
         let parse = |line: &[OsString]| {
             let cli = super::super::Cli::try_parse_from(line).unwrap();
@@ -206,6 +234,7 @@ mod tests {
             allow_other: true,
             limit: args.limit,
             segment_size: args.segment_size,
+            limits: limits(&args),
             log: Log::File("/l".into()),
         };
         let mut line = command_line(&config);
@@ -219,6 +248,9 @@ mod tests {
             (told.limit, told.segment_size),
             (Some(3 << 30), Some(4 << 20))
         );
+        assert_eq!(limits(&told), config.limits);
+        assert_eq!(limits(&told).named_after, Some(Duration::from_secs(9)));
+        assert_eq!(limits(&told).abort_after, Some(Duration::from_secs(99)));
         assert_eq!(told.choices.choices(), config.choices);
         let volumes: Vec<_> = told
             .volume

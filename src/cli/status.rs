@@ -8,6 +8,7 @@ use super::{bookmark, clone, out, snapshot, volume, work};
 use crate::daemon::protocol::{
     Answer, BookmarkRow, CloneRow, Report, Request, SnapshotRow, ThinRow,
 };
+use crate::daemon::watchdog;
 use crate::error::Result;
 
 /// Arguments.
@@ -47,6 +48,16 @@ fn text(report: &Report) -> String {
     )];
     if let Some(thin) = &report.thin {
         parts[0].push_str(&thin_lines(thin));
+    }
+    if report.unanswered {
+        parts.push("the store does not answer; something below hangs".to_owned());
+    }
+    if !report.stuck.is_empty() {
+        let lines = report.stuck.iter().map(|row| {
+            let text = format!("stuck: {}", watchdog::sentence(row));
+            super::exit::safe(&text)
+        });
+        parts.push(lines.collect::<Vec<_>>().join("\n"));
     }
     if !report.volumes.is_empty() {
         parts.push(volume::listing(&report.volumes));

@@ -14,6 +14,7 @@ use crate::daemon::client::{self, Connection};
 use crate::daemon::places::{self, Probe, Standing};
 use crate::daemon::protocol::{Answer, Leave, Report, Request};
 use crate::daemon::status::shown;
+use crate::daemon::watchdog;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::file::FileDir;
 use crate::sys::lock;
@@ -22,10 +23,15 @@ use crate::units::escape;
 
 /// How long a live mount may be without a control socket: its daemon is starting.
 const STARTING: Duration = Duration::from_secs(2);
-/// How long a daemon may take to end once it has said that everything is closed.
+/// How long a daemon's process may take to end once it has said that everything is closed.
 const ENDING: Duration = Duration::from_secs(30);
 /// How long a daemon may take to obey `--force` before it is done without it.
 const FORCE: Duration = Duration::from_secs(10);
+
+/// How long a daemon may take to say how it is: it answers within two seconds whatever hangs below it.
+const STATUS: Duration = Duration::from_secs(4);
+/// Seconds to wait for a clean stop when nobody says how many.
+const WAIT_S: u32 = 60;
 
 /// Arguments.
 #[derive(Debug, Clone, Args)]
@@ -38,6 +44,9 @@ pub struct UmountArgs {
     /// Detach now; the daemon ends when the last user is gone
     #[arg(long)]
     pub lazy: bool,
+    /// How many seconds to wait for the daemon to have closed the store
+    #[arg(long, value_name = "SECONDS", default_value_t = WAIT_S)]
+    pub wait: u32,
 }
 
 /// Runs it.
@@ -51,7 +60,8 @@ pub fn run(args: &UmountArgs) -> Result<()> {
         (_, true) => Leave::Lazily,
         _ => Leave::Gently,
     };
-    end(&args::absolute(&args.mountpoint)?, how)
+    let wait = Duration::from_secs(args.wait.max(1).into());
+    end_within(&args::absolute(&args.mountpoint)?, how, wait)
 }
 
 /// Ends the mount at a path.
@@ -59,6 +69,10 @@ pub fn run(args: &UmountArgs) -> Result<()> {
 /// # Errors
 /// As [`run`].
 pub fn end(mountpoint: &Path, how: Leave) -> Result<()> {
+    end_within(mountpoint, how, Duration::from_secs(WAIT_S.into()))
+}
+
+fn end_within(mountpoint: &Path, how: Leave, wait: Duration) -> Result<()> {
     let path = places::resolve(mountpoint)?;
     let at = shown(&path);
     let (store, device) = match places::standing(&path)? {
@@ -79,9 +93,22 @@ pub fn end(mountpoint: &Path, how: Leave) -> Result<()> {
             ));
         }
     };
-    match daemon_of(&store, &path)? {
-        Some((daemon, report)) => ask(daemon, &report, (&store, &path, device), how),
-        None => without_daemon(&store, &path, device, how),
+    // Both may be waited for in vain, so at the same time. The look is over before anybody unmounts: it
+    // would be in the way.
+    let look = path.clone();
+    let looks = thread::Builder::new().spawn(move || places::probe(&look));
+    let daemon = daemon_of(&store, &path);
+    let seen = looks.ok().and_then(|looks| looks.join().ok());
+    match daemon? {
+        Some((daemon, report)) => ask(daemon, &report, (&store, &path, device), how, wait),
+        None => {
+            let seen = match seen {
+                Some(Probe::Silent) => Probe::Silent,
+                // What answered then may be dead by now.
+                _ => places::probe(&path),
+            };
+            without_daemon(&store, &path, device, (seen, how))
+        }
     }
 }
 
@@ -112,7 +139,7 @@ fn report_of(store: &Path) -> Result<Option<Report>> {
     let Some(mut daemon) = client::connect(store)? else {
         return Ok(None);
     };
-    daemon.limit(FORCE)?;
+    daemon.limit(STATUS);
     match daemon.call(&Request::Status {}, &mut |_| ())? {
         Answer::Status(report) => Ok(Some(*report)),
         other => Err(super::work::unexpected(&other)),
@@ -124,11 +151,10 @@ fn ask(
     report: &Report,
     (store, path, device): (&Path, &Path, (u32, u32)),
     how: Leave,
+    wait: Duration,
 ) -> Result<()> {
     let process = report.pid.and_then(client::mark);
-    if how == Leave::Forcibly {
-        daemon.limit(FORCE)?;
-    }
+    daemon.limit(if how == Leave::Forcibly { FORCE } else { wait });
     let answer = match daemon.call(&Request::Unmount { how }, &mut |text| out::progress(text)) {
         Err(e) if how == Leave::Forcibly && e.kind() == Kind::Io => {
             out::remark(&format!(
@@ -136,6 +162,10 @@ fn ask(
                 e.chain()
             ));
             return cut_off(store, path, device);
+        }
+        // Silent for too long, or gone: in the second case there is nothing to wait for.
+        Err(e) if e.kind() == Kind::Io && process.is_some_and(client::still_runs) => {
+            return Err(not_yet(store, path, report.pid));
         }
         other => other?,
     };
@@ -154,9 +184,33 @@ fn ask(
     Ok(())
 }
 
-fn without_daemon(store: &Path, path: &Path, device: (u32, u32), how: Leave) -> Result<()> {
+/// What to say when the daemon is not done in time: it goes on.
+fn not_yet(store: &Path, path: &Path, pid: Option<u32>) -> Error {
+    let stuck = report_of(store).ok().flatten().map(|r| r.stuck);
+    let why = match stuck.as_deref() {
+        Some([first, ..]) => format!(" ({})", watchdog::sentence(first)),
+        _ => String::new(),
+    };
+    let pid = pid.map_or(String::new(), |pid| format!(" (pid {pid})"));
+    let at = shown(path);
+    let done = match places::standing(path) {
+        Ok(Standing::Ours { .. }) => format!("{at} is not unmounted yet"),
+        _ => format!("{at} is unmounted, but the store is not closed yet"),
+    };
+    Error::new(
+        Kind::Busy,
+        format!("{done}{why}; its daemon{pid} goes on, a SIGTERM more ends it at once"),
+    )
+}
+
+fn without_daemon(
+    store: &Path,
+    path: &Path,
+    device: (u32, u32),
+    (seen, how): (Probe, Leave),
+) -> Result<()> {
     let (at, of) = (shown(path), shown(store));
-    match (places::probe(path), how) {
+    match (seen, how) {
         (Probe::Dead, _) => {
             places::clean(path)?;
             out::line(&format!(

@@ -19,6 +19,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 /// A connection to a daemon.
 pub struct Connection {
     stream: BufReader<UnixStream>,
+    until: Option<Instant>,
 }
 
 /// Connects to the daemon of a store; `None` if none listens.
@@ -39,6 +40,7 @@ pub fn connect(store: &Path) -> Result<Option<Connection>> {
     match UnixStream::connect(&path) {
         Ok(stream) => Ok(Some(Connection {
             stream: BufReader::new(stream),
+            until: None,
         })),
         Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
             Ok(None)
@@ -51,12 +53,22 @@ pub fn connect(store: &Path) -> Result<Option<Connection>> {
 }
 
 impl Connection {
-    /// Bounds how long the daemon may be silent.
-    ///
-    /// # Errors
-    /// `Io`.
-    pub fn limit(&self, limit: Duration) -> Result<()> {
-        let set = self.stream.get_ref().set_read_timeout(Some(limit));
+    /// Bounds how long the daemon may take to answer, from now on and however much it streams meanwhile.
+    pub fn limit(&mut self, limit: Duration) {
+        self.until = Instant::now().checked_add(limit);
+    }
+
+    /// Has the next read end when the time is over.
+    fn wait_no_longer(&self) -> Result<()> {
+        let Some(until) = self.until else {
+            return Ok(());
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let why = "the daemon has not answered in time";
+            return Err(Error::new(Kind::Io, why));
+        }
+        let set = self.stream.get_ref().set_read_timeout(Some(left));
         set.context(|| "cannot set a time limit")
     }
 
@@ -68,6 +80,7 @@ impl Connection {
         // A daemon that refuses us may have answered and hung up before it was asked.
         let asked = protocol::send(self.stream.get_mut(), request);
         loop {
+            self.wait_no_longer()?;
             let heard = match (protocol::receive(&mut self.stream, RESPONSE_MAX), &asked) {
                 (Ok(Some(response)), _) => Some(response),
                 (_, Err(e)) => {
@@ -109,6 +122,11 @@ pub fn mark(pid: u32) -> Option<ProcessMark> {
     let over = matches!(state, "Z" | "X")
         && fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count) <= 1;
     (!over).then_some(ProcessMark { pid, started })
+}
+
+/// Whether a marked process still runs.
+pub fn still_runs(process: ProcessMark) -> bool {
+    mark(process.pid) == Some(process)
 }
 
 /// Waits until a process has ended; `false` if it still runs after `limit`.

@@ -260,6 +260,29 @@ mod tests {
         assert!(client::connect(control.dir.path()).unwrap().is_none());
     }
 
+    /// What a job streams does not lengthen the time that its client has for it.
+    #[test]
+    fn a_limit_is_one_for_the_whole_answer() {
+        let over = Arc::new(AtomicBool::new(false));
+        let stop = over.clone();
+        let (_top, control) = started(move |_, progress| {
+            while !stop.load(Ordering::SeqCst) {
+                progress("goes on");
+                thread::sleep(Duration::from_millis(5));
+            }
+            Ok(Answer::Done)
+        });
+        let mut connection = client::connect(control.dir.path()).unwrap().unwrap();
+        connection.limit(Duration::from_millis(100));
+        let mut heard = 0;
+        let answer = connection.call(&Request::Status {}, &mut |_| heard += 1);
+        assert_eq!(answer.unwrap_err().kind(), Kind::Io);
+        assert!(heard > 0, "nothing was streamed");
+        over.store(true, Ordering::SeqCst);
+        control.close();
+        assert!(control.drain(Duration::from_secs(60)));
+    }
+
     #[test]
     fn the_socket_is_private_and_a_dead_one_is_replaced() {
         let (_top, control) = started(|_, _| Ok(Answer::Done));

@@ -2,17 +2,19 @@
 //!
 //! Promises: a log file is for the owner alone and is only appended to; the file in the store is
 //! set aside once at start when it has grown past [`LOG_MAX`], so that it cannot fill the store's
-//! filesystem over the years. `STILLFRAME_LOG` chooses what is logged (`debug`, `stillframe=trace`).
+//! filesystem over the years; a file that hangs holds nobody up ([`Lines`]). `STILLFRAME_LOG` chooses what is logged (`debug`, `stillframe=trace`).
 
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::Arc;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::daemon::lines::Lines;
 use crate::daemon::status::shown;
 use crate::daemon::store::LOG;
 use crate::error::{Error, IoContext, Kind, Result};
@@ -43,15 +45,15 @@ pub fn start(target: &Target) -> Result<String> {
     let lines = tracing_subscriber::fmt::layer().with_ansi(false);
     let (started, shown) = match target {
         Target::Stderr => (
-            registry.with(lines.with_writer(std::io::stderr)).try_init(),
+            registry
+                .with(lines.with_writer(patient(std::io::stderr())?))
+                .try_init(),
             "stderr".to_owned(),
         ),
         Target::File(path) => {
             let file = open(path)?;
             (
-                registry
-                    .with(lines.with_writer(Mutex::new(file)))
-                    .try_init(),
+                registry.with(lines.with_writer(patient(file)?)).try_init(),
                 shown(path),
             )
         }
@@ -62,9 +64,7 @@ pub fn start(target: &Target) -> Result<String> {
                 set_aside(&path)?;
                 let file = open(&path)?;
                 (
-                    registry
-                        .with(lines.with_writer(Mutex::new(file)))
-                        .try_init(),
+                    registry.with(lines.with_writer(patient(file)?)).try_init(),
                     shown(&path),
                 )
             }
@@ -72,6 +72,11 @@ pub fn start(target: &Target) -> Result<String> {
     };
     started.map_err(|e| Error::with_source(Kind::Failed, "cannot start logging", e))?;
     Ok(shown)
+}
+
+/// A log on a filesystem that hangs, or a terminal that nobody reads, must not hang the daemon.
+fn patient(file: impl Write + Send + 'static) -> Result<Arc<Lines>> {
+    Lines::start(file).context(|| "cannot start a thread")
 }
 
 fn filter() -> EnvFilter {

@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::error::{IoContext, Result};
+use crate::sys::watch::Watch;
 use crate::volume::Engine;
 
 /// Pause when nothing is due.
@@ -45,12 +46,17 @@ impl Stop {
 ///
 /// # Errors
 /// `Io` if the system gives no thread.
-pub fn start(engine: Arc<Engine>) -> Result<Maintenance> {
+pub fn start(engine: Arc<Engine>, watch: Arc<Watch>) -> Result<Maintenance> {
     let stop = Arc::new(Stop::default());
     let asked = stop.clone();
     let thread = thread::Builder::new()
         .name("maintenance".into())
-        .spawn(move || run(&asked, AFTER_ERROR, || engine.maintain()))
+        .spawn(move || {
+            run(&asked, AFTER_ERROR, || {
+                let job = watch.begin_job("background work".to_owned());
+                job.run(|| engine.maintain())
+            })
+        })
         .context(|| "cannot start the maintenance thread")?;
     Ok(Maintenance {
         stop,

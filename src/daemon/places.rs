@@ -173,7 +173,7 @@ pub fn prepare(path: &Path, note: &mut dyn FnMut(&str)) -> Result<PathBuf> {
 fn serving(store: &Path) -> Option<u32> {
     use crate::daemon::protocol::{Answer, Request};
     let mut daemon = client::connect(store).ok()??;
-    daemon.limit(PROBE).ok()?;
+    daemon.limit(PROBE);
     match daemon.call(&Request::Status {}, &mut |_| ()).ok()? {
         Answer::Status(report) => report.pid,
         _ => None,

@@ -216,6 +216,15 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// Its name, as on the wire.
+    pub fn name(&self) -> String {
+        let tagged = serde_json::to_value(self).ok();
+        let name = tagged.as_ref().and_then(|value| value["do"].as_str());
+        name.unwrap_or("request").to_owned()
+    }
+}
+
 /// The result of a [`Request`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "is", content = "with", rename_all = "kebab-case")]
@@ -286,6 +295,27 @@ pub struct Report {
     pub thin: Option<ThinRow>,
     /// The volumes, by name.
     pub volumes: Vec<VolumeRow>,
+    /// What is under way for longer than it should be, the oldest first.
+    #[serde(default)]
+    pub stuck: Vec<StuckRow>,
+    /// The store did not answer in time: of all this only `stuck` and what does not change is known.
+    #[serde(default)]
+    pub unanswered: bool,
+}
+
+/// A request or job that hangs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StuckRow {
+    /// The file operation, or the job.
+    pub operation: String,
+    /// The volume, snapshot (`VOL@NAME`) or clone (`VOL/NAME`); absent for a job.
+    pub subject: Option<String>,
+    /// Seconds since it began, without waiting for space.
+    pub seconds: u64,
+    /// Seconds since its last sign of life.
+    pub quiet_seconds: u64,
+    /// What it waits for.
+    pub phase: String,
 }
 
 /// The thin target: the log and the clones.

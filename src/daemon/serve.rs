@@ -9,38 +9,37 @@
 //! Promises: nothing is served before recovery is complete; whatever ends the mount, the engine is
 //! closed cleanly and whoever asked for it gets the outcome; the control socket is removed while
 //! the lock is still held, so that a successor's socket is never touched. The first signal stops
-//! cleanly (a busy mount is detached, then cut off after [`DRAIN`]); the second ends the process at
+//! cleanly (a busy mount is detached, then cut off after [`crate::daemon::mounted::DRAIN`]); the second ends the process at
 //! once, which the store survives like any kill.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::daemon::answers::{Ending, Served, handler};
 use crate::daemon::control::{self, Control};
-use crate::daemon::mounted::{DRAIN, Event, Mounted};
-use crate::daemon::protocol::{Answer, Choices, Leave, Request};
-use crate::daemon::status::{self, Place, shown};
+use crate::daemon::mounted::{Event, Mounted};
+use crate::daemon::protocol::{Choices, Leave};
+use crate::daemon::reporter::Reporter;
+use crate::daemon::status::{Place, shown};
 use crate::daemon::store::{self, Held, Store};
-use crate::daemon::{client, jobs, logging, maintenance, places};
+use crate::daemon::ticker::Ticker;
+use crate::daemon::watchdog::{Limits, Watchdog};
+use crate::daemon::{client, events, jobs, logging, maintenance, places};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::fuse::{self, SessionHandle};
-use crate::sys::clock::{Clock, SystemClock};
-use crate::sys::disk::Space;
 use crate::sys::mount;
 use crate::sys::process;
-use crate::tree::{NodeId, StatusFile, StatusSource, Tree};
+use crate::sys::signals;
+use crate::sys::watch::Watch;
+use crate::tree::{NodeId, Tree};
 use crate::units::{Name, escape};
 use crate::volume::{Engine, Settings, VolumeOptions};
 
-/// How long the session may take to end after its connection was cut.
-const ABORT: Duration = Duration::from_secs(2);
-/// How long a lazy unmount waits for the mount to become unused before it answers.
-const LAZY: Duration = Duration::from_secs(1);
-/// How often the control socket is tried again where the disk had no room for it.
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+/// How often the sources are looked at.
+const LOOK_AT_SOURCES: Duration = Duration::from_secs(1);
 /// How long a start waits for a store that another command has locked for a moment.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 
@@ -61,6 +60,8 @@ pub struct Config {
     pub limit: Option<u64>,
     /// Bytes of a log segment, if the store is made now.
     pub segment_size: Option<u64>,
+    /// What takes too long.
+    pub limits: Limits,
     /// Where to log.
     pub log: Log,
 }
@@ -91,6 +92,12 @@ pub trait Announce {
 pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     process::private_umask();
     process::keep_few_heaps();
+    process::raise_descriptor_limit();
+    signals::ignore_harmless();
+    // Threads inherit it: before the first.
+    let flusher = process::set_io_flusher();
+    let watch = Arc::new(Watch::default());
+    events::tell_on_usr1(&watch)?;
     let mountpoint = places::prepare(&config.mountpoint, &mut |text| announce.note(text))?;
     places::keep_apart(&config.store, &mountpoint)?;
     let volumes = named_volumes(config)?;
@@ -101,14 +108,13 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     let logs = logging::start(&match &config.log {
         Log::Stderr => logging::Target::Stderr,
         Log::File(path) => logging::Target::File(path.clone()),
-        Log::Best => logging::Target::Best(held.dir().path().to_owned()),
+        Log::Best => logging::Target::Best(held.dir().fd_path()),
     })?;
     tracing::info!(
         "stillframe {} starts; log: {logs}",
         env!("CARGO_PKG_VERSION")
     );
-    // Threads inherit it: before the first.
-    if !process::set_io_flusher() {
+    if !flusher {
         tracing::info!(
             "no right to be an I/O flusher (CAP_SYS_RESOURCE): when memory is short, a loop device on \
              this mount may be slow"
@@ -128,12 +134,24 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     }
     let ending = Arc::new(Ending::default());
     let mut control = None;
-    let served = add_volumes(store.engine(), &place, &volumes, options)
-        .and_then(|()| serve(&store, config, &place, &ending, &mut control, announce));
+    let served = add_volumes(store.engine(), &place, &volumes, options).and_then(|()| {
+        serve(
+            &store,
+            config,
+            &place,
+            &watch,
+            &ending,
+            &mut control,
+            announce,
+        )
+    });
     if let Some(control) = &control {
         control.close();
     }
-    let outcome = served.and(store.close());
+    // A close that hangs is told of by SIGUSR1, and ended by a second signal.
+    let closing = watch.begin_job("closing the store".to_owned());
+    let closed = closing.run(|| store.close());
+    let outcome = served.and(closed);
     match &outcome {
         Ok(()) => tracing::info!("stopped cleanly"),
         Err(e) => tracing::error!("stopped: {}", e.chain()),
@@ -215,6 +233,7 @@ fn serve(
     store: &Store,
     config: &Config,
     place: &Place,
+    watch: &Arc<Watch>,
     ending: &Arc<Ending>,
     control: &mut Option<Control>,
     announce: &mut dyn Announce,
@@ -223,14 +242,9 @@ fn serve(
     for volume in store.engine().volumes() {
         places::check_source(place, &volume.info().source)?;
     }
-    let (tell, events) = mpsc::channel();
-    catch_signals(tell.clone())?;
-    let live = Arc::new(Live {
-        engine: store.engine().clone(),
-        place: place.clone(),
-    });
-    let (uid, gid) = (process::effective_uid(), process::effective_gid());
-    let tree = Arc::new(Tree::new(store.engine().clone(), uid, gid, live));
+    let (tell, told) = mpsc::channel();
+    events::catch_signals(tell.clone())?;
+    let (dog, live, tree) = observers(store, config, place, watch);
     let fd = mount::mount_fuse(
         &mountpoint,
         &mount::escape_source(&place.store),
@@ -238,10 +252,11 @@ fn serve(
     )?;
     let mounted = Mounted::new(mountpoint, tell.clone());
     // From here on the mount is ours to take away, whatever fails.
-    let session = Arc::new(fuse::serve(
+    let session = Arc::new(fuse::serve_watched(
         fd,
         Arc::clone(&tree),
         fuse::Options::default(),
+        Arc::clone(watch),
     )?);
     forget_stale(store.engine(), &tree, Arc::clone(&session))?;
     mounted.tune();
@@ -255,10 +270,19 @@ fn serve(
             outcome
         })
         .context(|| "cannot start a thread")?;
-    let maintenance = maintenance::start(store.engine().clone())?;
+    let maintenance = maintenance::start(store.engine().clone(), Arc::clone(watch))?;
+    let sources = watch_sources(store.engine(), watch)?;
+    let watchdog = dog.start(cut_off_later(&mounted))?;
     let mut listen = || -> Result<()> {
         if control.is_none() {
-            let handler = handler(store, place, tree.clone(), &mounted, ending);
+            let scene = Served {
+                engine: store.engine().clone(),
+                place: place.clone(),
+                tree: tree.clone(),
+                reporter: live.clone(),
+                watch: Arc::clone(watch),
+            };
+            let handler = handler(scene, &mounted, ending);
             *control = Some(control::start(store.dir(), handler)?);
         }
         Ok(())
@@ -272,7 +296,7 @@ fn serve(
     }
     let at = shown(mounted.mountpoint());
     tracing::info!("serving store {} at {at}", shown(&place.store));
-    notify(&format!(
+    events::notify(&format!(
         "READY=1\nSTATUS=Serving {at}\nMAINPID={}",
         std::process::id()
     ));
@@ -280,8 +304,14 @@ fn serve(
         tracing::warn!("nobody waits for this mount any more; stopping");
         let _ = tell.send(Event::Signal);
     }
-    let drained = event_loop(&events, &mounted, store.engine(), &mut listen);
-    notify("STOPPING=1\nSTATUS=Closing the store");
+    let drained = events::until_over(&told, &mounted, store.engine(), &mut listen);
+    events::notify("STOPPING=1\nSTATUS=Closing the store");
+    if !drained {
+        // What hangs may hold the close up, too.
+        events::end_soon(watch);
+    }
+    watchdog.stop();
+    sources.stop();
     maintenance.stop();
     mounted.gone();
     if !drained {
@@ -292,6 +322,40 @@ fn serve(
     match ended.join() {
         Ok(outcome) => outcome,
         Err(_) => Err(Error::new(Kind::Failed, "the session's thread panicked")),
+    }
+}
+
+/// The tree, and who tells how it and the store are.
+fn observers(
+    store: &Store,
+    config: &Config,
+    place: &Place,
+    watch: &Arc<Watch>,
+) -> (Arc<Watchdog>, Arc<Reporter>, Arc<Tree>) {
+    let dog = Watchdog::new(Arc::clone(watch), config.limits);
+    let live = Arc::new(Reporter::new(
+        store.engine().clone(),
+        place.clone(),
+        Arc::clone(&dog),
+    ));
+    let (uid, gid) = (process::effective_uid(), process::effective_gid());
+    let tree = Arc::new(Tree::new(store.engine().clone(), uid, gid, live.clone()));
+    let names = Arc::downgrade(&tree);
+    watch.describe_by(Box::new(move |node| {
+        names.upgrade()?.belongs_to(NodeId(node))
+    }));
+    (dog, live, tree)
+}
+
+/// What the watchdog does when it was told to cut off the users of a mount that hangs.
+fn cut_off_later(mounted: &Arc<Mounted>) -> impl Fn() + Send + 'static {
+    let mounted = Arc::downgrade(mounted);
+    move || {
+        if let Some(mounted) = mounted.upgrade()
+            && let Err(e) = mounted.leave(Leave::Forcibly, &mut |_| ())
+        {
+            tracing::error!("{}", e.chain());
+        }
     }
 }
 
@@ -322,190 +386,13 @@ fn forget_stale(engine: &Engine, tree: &Tree, session: Arc<SessionHandle>) -> Re
     Ok(())
 }
 
-/// Takes events until the session has ended, or cannot be ended; returns whether it has.
-fn event_loop(
-    events: &Receiver<Event>,
-    mounted: &Mounted,
-    engine: &Engine,
-    listen: &mut dyn FnMut() -> Result<()>,
-) -> bool {
-    let watchdog = watchdog_interval();
-    let mut listens = false;
-    let mut cut_off: Option<Instant> = None;
-    let mut aborted = false;
-    let mut next_beat = Instant::now();
-    loop {
-        let now = Instant::now();
-        if let Some(interval) = watchdog
-            && now >= next_beat
-        {
-            // An engine that does not answer this does not serve: let systemd notice.
-            let _ = engine.log_bytes();
-            notify("WATCHDOG=1");
-            next_beat = now + interval;
-        }
-        listens = listens || listen().is_ok();
-        let beat = watchdog.map(|_| next_beat);
-        let again = (!listens).then(|| now + LISTEN_AGAIN);
-        let wake = [beat, cut_off, again].into_iter().flatten().min();
-        let pause = wake.map_or(Duration::from_secs(3600), |at| {
-            at.saturating_duration_since(now)
-        });
-        match events.recv_timeout(pause) {
-            Ok(Event::SessionEnded) | Err(RecvTimeoutError::Disconnected) => return true,
-            Ok(Event::Unmounted { grace: None }) => {}
-            Ok(Event::Unmounted { grace: Some(grace) }) => cut_off = Some(Instant::now() + grace),
-            Ok(Event::Signal) => {
-                tracing::info!("told to stop");
-                notify("STOPPING=1\nSTATUS=Unmounting");
-                mounted.detach_for_stop();
-                cut_off = Some(Instant::now() + DRAIN);
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                if cut_off.is_some_and(|at| Instant::now() >= at) {
-                    tracing::warn!("the mount is still in use; cutting its users off");
-                    if aborted || !mounted.abort() {
-                        return false;
-                    }
-                    aborted = true;
-                    cut_off = Some(Instant::now() + ABORT);
-                }
-            }
-        }
-    }
-}
-
-/// Half of what systemd allows between two signs of life; `None` when it watches nobody or not us.
-fn watchdog_interval() -> Option<Duration> {
-    let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
-    if number("WATCHDOG_PID").is_some_and(|pid| pid != u64::from(std::process::id())) {
-        return None;
-    }
-    number("WATCHDOG_USEC")
-        .filter(|&us| us > 0)
-        .map(|us| Duration::from_micros(us / 2))
-}
-
-fn notify(text: &str) {
-    if let Err(e) = process::notify_systemd(text) {
-        tracing::debug!("cannot tell systemd: {}", e.chain());
-    }
-}
-
-fn catch_signals(tell: Sender<Event>) -> Result<()> {
-    let count = AtomicUsize::new(0);
-    let tell = Mutex::new(tell);
-    ctrlc::set_handler(move || {
-        if count.fetch_add(1, Ordering::SeqCst) > 0 {
-            tracing::warn!("told to stop a second time: ending at once");
-            std::process::exit(130);
-        }
-        // Nobody listens once the mount has ended: the stop is on its way already.
-        let _ = tell
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .send(Event::Signal);
-    })
-    .map_err(|e| Error::with_source(Kind::Io, "cannot catch signals", e))
-}
-
-/// Answers the control socket.
-fn handler(
-    store: &Store,
-    place: &Place,
-    tree: Arc<Tree>,
-    mounted: &Arc<Mounted>,
-    ending: &Arc<Ending>,
-) -> Box<control::Handler> {
-    let (engine, place) = (store.engine().clone(), place.clone());
-    // Weak: a client that still listens must not keep a mount of ours from being taken away.
-    let (mounted, ending) = (Arc::downgrade(mounted), ending.clone());
-    Box::new(move |request, progress| match request {
-        Request::Unmount { how } => {
-            if let Some(mounted) = mounted.upgrade() {
-                mounted.leave(how, progress)?;
-            }
-            if how == Leave::Lazily && !ending.wait(LAZY) {
-                return Ok(Answer::Detached);
-            }
-            ending.outcome()
-        }
-        other => {
-            let scene = jobs::Scene {
-                engine: &engine,
-                place: &place,
-                tree: Some(&tree),
-            };
-            jobs::run(scene, &other, progress)
+/// Looks after the sources, in a thread that may wait for their filesystems.
+fn watch_sources(engine: &Arc<Engine>, watch: &Arc<Watch>) -> Result<Ticker> {
+    let (engine, watch) = (Arc::downgrade(engine), Arc::clone(watch));
+    Ticker::start("sources", LOOK_AT_SOURCES, move || {
+        if let Some(engine) = engine.upgrade() {
+            let job = watch.begin_job("a look at the sources".to_owned());
+            job.run(|| engine.look_at_sources());
         }
     })
-}
-
-/// How the daemon ended, for the clients that wait for it.
-#[derive(Default)]
-struct Ending {
-    outcome: Mutex<Option<std::result::Result<(), (Kind, String)>>>,
-    changed: Condvar,
-}
-
-impl Ending {
-    fn finish(&self, outcome: &Result<()>) {
-        let told = outcome
-            .as_ref()
-            .map(|&()| ())
-            .map_err(|e| (e.kind(), e.chain()));
-        *self.outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(told);
-        self.changed.notify_all();
-    }
-
-    /// Waits for the end; `false` if it has not come within the limit.
-    fn wait(&self, limit: Duration) -> bool {
-        let outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        let (outcome, _) = self
-            .changed
-            .wait_timeout_while(outcome, limit, |outcome| outcome.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
-        outcome.is_some()
-    }
-
-    fn outcome(&self) -> Result<Answer> {
-        let outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = self
-            .changed
-            .wait_while(outcome, |outcome| outcome.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
-        match &*outcome {
-            Some(Err((kind, message))) => Err(Error::new(*kind, message.clone())),
-            Some(Ok(())) | None => Ok(Answer::Done),
-        }
-    }
-}
-
-/// The control directory's files, and what the tree must know of the machine.
-struct Live {
-    engine: Arc<Engine>,
-    place: Place,
-}
-
-impl StatusSource for Live {
-    fn render(&self, file: StatusFile) -> Result<Vec<u8>> {
-        let report = status::report(&self.engine, &self.place);
-        match file {
-            StatusFile::Json => {
-                let mut text = serde_json::to_vec_pretty(&report)
-                    .map_err(|e| Error::with_source(Kind::Failed, "cannot render the status", e))?;
-                text.push(b'\n');
-                Ok(text)
-            }
-            StatusFile::Metrics => Ok(status::metrics(&report).into_bytes()),
-        }
-    }
-
-    fn space(&self) -> Result<Space> {
-        self.engine.space()
-    }
-
-    fn now_ns(&self) -> i64 {
-        SystemClock.now_ns()
-    }
 }

@@ -28,11 +28,7 @@ pub struct Place {
 /// Where things stand now.
 pub fn report(engine: &Engine, place: &Place) -> Report {
     Report {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        pid: place.mountpoint.is_some().then(std::process::id),
-        store: shown(&place.store),
         uuid: engine.uuid().to_string(),
-        mountpoint: place.mountpoint.as_deref().map(shown),
         log_bytes: engine.log_bytes().ok(),
         thin: engine.thin().ok().map(|thin| ThinRow {
             used: thin.used,
@@ -47,6 +43,23 @@ pub fn report(engine: &Engine, place: &Place) -> Report {
             .iter()
             .filter_map(|v| volume_row(engine, v))
             .collect(),
+        ..nothing(place)
+    }
+}
+
+/// What is known of a store without asking it.
+pub fn nothing(place: &Place) -> Report {
+    Report {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: place.mountpoint.is_some().then(std::process::id),
+        store: shown(&place.store),
+        uuid: String::new(),
+        mountpoint: place.mountpoint.as_deref().map(shown),
+        log_bytes: None,
+        thin: None,
+        volumes: Vec::new(),
+        stuck: Vec::new(),
+        unanswered: false,
     }
 }
 
@@ -58,7 +71,8 @@ pub fn shown(path: &Path) -> String {
 /// One volume with its snapshots; `None` if it was removed meanwhile.
 pub fn volume_row(engine: &Engine, volume: &Arc<Volume>) -> Option<VolumeRow> {
     let info = volume.info();
-    let (state, mut reason) = volume_state(&info.state);
+    let (state, reason) = volume_state(&info.state);
+    let mut reason = reason.or_else(|| info.notice.as_deref().map(escape));
     let name = &info.name;
     let snapshots = rows(engine.snapshots(name), snapshot_row, &mut reason)?;
     let clones = rows(engine.clones(name), clone_row, &mut reason)?;
@@ -216,6 +230,11 @@ pub fn metrics(report: &Report) -> String {
             .log_bytes
             .iter()
             .map(|&bytes| (String::new(), bytes as f64)),
+    );
+    gauge(
+        "stuck_requests",
+        "Requests and jobs that are under way for longer than they should be.",
+        &mut [(String::new(), report.stuck.len() as f64)].into_iter(),
     );
     thin_metrics(report, &mut gauge);
     gauge(
@@ -411,6 +430,8 @@ mod tests {
                 full_in_seconds: Some(77),
             }),
             volumes: vec![volume],
+            stuck: Vec::new(),
+            unanswered: false,
         }
     }
 
@@ -433,7 +454,7 @@ mod tests {
                 samples += 1;
             }
         }
-        assert_eq!(samples, 22);
+        assert_eq!(samples, 23);
         assert!(!text.contains("\nstillframe_thin_limit_bytes "));
         assert!(text.contains("stillframe_thin_full_seconds 77\n"));
         assert!(text.contains("stillframe_log_bytes 9\n"));

@@ -10,6 +10,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::daemon::home;
 use crate::daemon::status::shown;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::log::superblock::SuperblockFile;
@@ -31,6 +32,8 @@ pub const LOG: &str = "daemon.log";
 const MARK: &str = "superblock";
 /// The log's folder.
 const LOG_DIR: &str = "log";
+/// The extent map's folder.
+const MAP_DIR: &str = "map";
 /// What may lie in a directory that is not a store yet.
 const HARMLESS: [&str; 4] = ["lock", SOCKET, LOG, "daemon.log.old"];
 
@@ -76,7 +79,10 @@ pub enum Found {
 /// `Invalid` if it is no directory, or one with something else in it; `Damaged` if it holds a log
 /// but no superblock; `Permission`, `Io`.
 pub fn look(path: &Path) -> Result<Found> {
-    let at = shown(path);
+    look_in(path, &shown(path))
+}
+
+fn look_in(path: &Path, at: &str) -> Result<Found> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Found::Absent),
@@ -126,6 +132,10 @@ impl Sources for RealSources {
     fn open(&self, path: &str) -> Result<Arc<dyn Disk>> {
         FileSources.open(path)
     }
+
+    fn astray(&self, path: &str, disk: &dyn Disk) -> Result<Option<String>> {
+        FileSources.astray(path, disk)
+    }
 }
 
 fn is_empty(dir: &Path) -> bool {
@@ -135,7 +145,7 @@ fn is_empty(dir: &Path) -> bool {
 /// Whether making the store was cut off before it was one: the superblock is the last thing that is
 /// made, and no segment of the log is there before it.
 fn is_unfinished(dir: &FileDir) -> bool {
-    is_empty(&dir.path().join(LOG_DIR))
+    is_empty(&dir.fd_path().join(LOG_DIR))
         && SuperblockFile::open(dir).is_err_and(|e| e.kind() == Kind::Damaged)
 }
 
@@ -172,9 +182,14 @@ pub fn hold(path: &Path, may_create: bool) -> Result<Held> {
     } else {
         FileDir::open(path)?
     };
+    // The path may lead elsewhere by now: nothing is made in what was not looked at.
+    let opened = look_in(&dir.fd_path(), &shown(dir.path()))?;
+    if opened != Found::Store && !may_create {
+        return Err(no_store());
+    }
     let lock = StoreLock::acquire(&dir)?;
     // Looked at again: another process may have made the store before the lock was ours.
-    let mut fresh = look(dir.path())? != Found::Store;
+    let mut fresh = look_in(&dir.fd_path(), &shown(dir.path()))? != Found::Store;
     if !fresh && is_unfinished(&dir) {
         if !may_create {
             return Err(no_store());
@@ -183,7 +198,9 @@ pub fn hold(path: &Path, may_create: bool) -> Result<Held> {
             .context(|| "cannot remove an unfinished superblock")?;
         fresh = true;
     }
-    let index = Arc::new(SledHome::new(dir.path().join("map")));
+    // By the descriptor: the store's own path may be renamed, or lead elsewhere, at any time.
+    let index = SledHome::through(dir.fd_path().join(MAP_DIR), dir.path().join(MAP_DIR));
+    let index = Arc::new(index);
     Ok(Held {
         dir: Arc::new(dir),
         lock,
@@ -221,6 +238,18 @@ impl Held {
         }
     }
 
+    /// What cannot be read says nothing: then it is taken for one, which trusts less.
+    fn is_copy(&self) -> bool {
+        let copy = home::is_copy(&self.dir).unwrap_or_else(|e| {
+            tracing::warn!("cannot read where the store was: {e}");
+            true
+        });
+        if copy {
+            tracing::warn!("this store is a copy, or was moved to another filesystem");
+        }
+        copy
+    }
+
     /// Opens the store, after making it if it is fresh; recovers what a killed predecessor left.
     ///
     /// # Errors
@@ -240,6 +269,8 @@ impl Held {
             self.dir.overwrite_in_place();
             Engine::create(&environment, &settings)?;
         }
+        let copied = !self.fresh && self.is_copy();
+        let settings = Settings { copied, ..settings };
         let engine = Engine::open(environment, settings).map_err(|e| match e.kind() {
             Kind::Unsupported => Error::new(
                 Kind::Damaged,
@@ -247,6 +278,13 @@ impl Held {
             ),
             _ => e,
         })?;
+        let remembered = engine.remember_changes();
+        let settled = remembered
+            .and_then(|()| home::settle(&self.dir).context(|| "cannot write to the store"));
+        // Next time it is a copy again.
+        if let Err(e) = settled {
+            tracing::warn!("cannot note where the store is: {}", e.chain());
+        }
         Ok(Store {
             engine,
             dir: self.dir,

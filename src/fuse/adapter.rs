@@ -27,6 +27,7 @@ use crate::fuse::answer::{
 use crate::fuse::errno::answer;
 use crate::fuse::pool::{Pool, guarded};
 use crate::fuse::wire;
+use crate::sys::watch::Watch;
 use crate::tree::{HandleId, NodeId, Result, SetAttr, Tree, TreeError};
 use crate::units::BLOCK;
 
@@ -42,6 +43,8 @@ const NAME_BYTES_MAX: u32 = 255;
 /// The tree as fuser wants to see it.
 pub(super) struct Adapter {
     tree: Arc<Tree>,
+    /// Who wants to know what is under way.
+    watch: Arc<Watch>,
     /// For what moves bytes. Taken out when the session ends.
     pool: Option<Pool>,
     /// For changes of the catalogue: a disk full of waiting writers must not keep somebody from
@@ -55,9 +58,16 @@ pub(super) struct Adapter {
 const VIEW: &str = "view";
 
 impl Adapter {
-    pub fn new(tree: Arc<Tree>, pool: Pool, catalogue: Pool, views: Pool) -> Adapter {
+    pub fn new(
+        tree: Arc<Tree>,
+        watch: Arc<Watch>,
+        pool: Pool,
+        catalogue: Pool,
+        views: Pool,
+    ) -> Adapter {
         Adapter {
             tree,
+            watch,
             pool: Some(pool),
             catalogue: Some(catalogue),
             views: Some(views),
@@ -65,7 +75,15 @@ impl Adapter {
     }
 
     /// Runs a handler on a worker.
-    fn defer(&self, operation: &'static str, handler: impl FnOnce(&Tree) + Send + 'static) {
+    fn defer(
+        &self,
+        operation: &'static str,
+        node: INodeNo,
+        handler: impl FnOnce(&Tree) + Send + 'static,
+    ) {
+        // A revert, or looking for what changed, takes its time.
+        let long = matches!(operation, "setxattr" | VIEW);
+        let work = self.watch.begin(operation, node.0, long);
         let tree = Arc::clone(&self.tree);
         let pool = match operation {
             "create" | "link" | "unlink" | "rename" => &self.catalogue,
@@ -73,8 +91,14 @@ impl Adapter {
             _ => &self.pool,
         };
         if let Some(pool) = pool {
-            pool.submit(move || guarded(operation, || handler(&tree)));
+            pool.submit(move || work.run(|| guarded(operation, || handler(&tree))));
         }
+    }
+
+    /// Runs a handler here and now.
+    fn here(&self, operation: &'static str, node: INodeNo, handler: impl FnOnce()) {
+        let work = self.watch.begin(operation, node.0, false);
+        work.run(|| guarded(operation, handler));
     }
 
     /// An operation that only answers whether it worked, on a worker.
@@ -85,14 +109,14 @@ impl Adapter {
         reply: ReplyEmpty,
         run: impl FnOnce(&Tree) -> Result<()> + Send + 'static,
     ) {
-        self.defer(operation, move |tree| {
+        self.defer(operation, node, move |tree| {
             empty(operation, node, run(tree), reply)
         });
     }
 
     /// Answers an operation that is refused on every name.
     fn refuse_entry(&self, operation: &'static str, parent: INodeNo, reply: ReplyEntry) {
-        guarded(operation, || {
+        self.here(operation, parent, || {
             let error = self.tree.refuse_name(NodeId(parent.0)).err();
             reply.error(error.map_or(Errno::EPERM, |e| answer(operation, parent.0, &e)));
         });
@@ -138,21 +162,21 @@ impl Filesystem for Adapter {
         let (id, name) = (NodeId(parent.0), name.to_string_lossy().into_owned());
         let answer = move |tree: &Tree| entry("lookup", parent, tree.lookup(id, &name), reply);
         match self.tree.reads_to_look(id) {
-            true => self.defer(VIEW, answer),
-            false => guarded("lookup", || answer(&self.tree)),
+            true => self.defer(VIEW, parent, answer),
+            false => self.here("lookup", parent, || answer(&self.tree)),
         }
     }
 
     fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
-        guarded("forget", || self.tree.forget(NodeId(ino.0), nlookup));
+        self.here("forget", ino, || self.tree.forget(NodeId(ino.0), nlookup));
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let id = NodeId(ino.0);
         let answer = move |tree: &Tree| attributes("getattr", ino, tree.getattr(id), reply);
         match self.tree.reads_to_look(id) {
-            true => self.defer(VIEW, answer),
-            false => guarded("getattr", || answer(&self.tree)),
+            true => self.defer(VIEW, ino, answer),
+            false => self.here("getattr", ino, || answer(&self.tree)),
         }
     }
 
@@ -190,8 +214,8 @@ impl Filesystem for Adapter {
         };
         // A clone that still grows gets another size, durably.
         match size {
-            Some(_) => self.defer("setattr", answer),
-            None => guarded("setattr", || answer(&self.tree)),
+            Some(_) => self.defer("setattr", ino, answer),
+            None => self.here("setattr", ino, || answer(&self.tree)),
         }
     }
 
@@ -240,14 +264,14 @@ impl Filesystem for Adapter {
         reply: ReplyEntry,
     ) {
         let name = new_name.to_string_lossy().into_owned();
-        self.defer("link", move |tree| {
+        self.defer("link", new_parent, move |tree| {
             let made = tree.link(NodeId(ino.0), NodeId(new_parent.0), &name);
             entry("link", new_parent, made, reply);
         });
     }
 
     fn rmdir(&self, _req: &Request, parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        guarded("rmdir", || {
+        self.here("rmdir", parent, || {
             empty(
                 "rmdir",
                 parent,
@@ -301,7 +325,7 @@ impl Filesystem for Adapter {
         let flags = wire::open_flags(OpenFlags(flags));
         let name = name.to_string_lossy().into_owned();
         let caller = req.pid();
-        self.defer("create", move |tree| {
+        self.defer("create", parent, move |tree| {
             match tree.create(NodeId(parent.0), &name, flags, caller) {
                 // One time to live for name and attributes alike: the name's.
                 Ok((attr, opened)) => reply.created(
@@ -324,10 +348,10 @@ impl Filesystem for Adapter {
             Err(e) => reply.error(answer("open", ino.0, &e)),
         };
         match self.tree.reads_to_look(id) {
-            true => self.defer(VIEW, run),
+            true => self.defer(VIEW, ino, run),
             // Empties a clone that still grows, durably.
-            false if flags.truncate => self.defer("open", run),
-            false => guarded("open", || run(&self.tree)),
+            false if flags.truncate => self.defer("open", ino, run),
+            false => self.here("open", ino, || run(&self.tree)),
         }
     }
 
@@ -342,7 +366,7 @@ impl Filesystem for Adapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        guarded("read", || {
+        self.here("read", ino, || {
             read_into_reply(&self.tree, ino, fh, offset, size, reply)
         });
     }
@@ -361,7 +385,7 @@ impl Filesystem for Adapter {
     ) {
         let data = data.to_vec();
         let durable = wire::is_durable_write(flags);
-        self.defer("write", move |tree| {
+        self.defer("write", ino, move |tree| {
             match tree.write(HandleId(fh.0), offset, &data, durable) {
                 // A request holds at most MAX_WRITE bytes, so its length fits.
                 Ok(len) => reply.written(len as u32),
@@ -408,7 +432,7 @@ impl Filesystem for Adapter {
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        guarded("opendir", || match self.tree.opendir(NodeId(ino.0)) {
+        self.here("opendir", ino, || match self.tree.opendir(NodeId(ino.0)) {
             Ok(handle) => reply.opened(FileHandle(handle.0), FopenFlags::empty()),
             Err(e) => reply.error(answer("opendir", ino.0, &e)),
         });
@@ -422,7 +446,7 @@ impl Filesystem for Adapter {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        guarded("readdir", || {
+        self.here("readdir", ino, || {
             let listed = self.tree.readdir(HandleId(fh.0), offset, |e| {
                 reply.add(
                     INodeNo(e.node.0),
@@ -446,7 +470,7 @@ impl Filesystem for Adapter {
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
-        guarded("readdirplus", || {
+        self.here("readdirplus", ino, || {
             listing(&self.tree, ino, fh, offset, reply)
         });
     }
@@ -459,7 +483,7 @@ impl Filesystem for Adapter {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        guarded("releasedir", || {
+        self.here("releasedir", ino, || {
             empty("releasedir", ino, self.tree.release(HandleId(fh.0)), reply);
         });
     }
@@ -477,7 +501,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        guarded("statfs", || match self.tree.statfs() {
+        self.here("statfs", ino, || match self.tree.statfs() {
             Ok(space) => {
                 let free = space.available / BLOCK;
                 let blocks = space.total / BLOCK;
@@ -506,7 +530,7 @@ impl Filesystem for Adapter {
     }
 
     fn removexattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        guarded("removexattr", || {
+        self.here("removexattr", ino, || {
             empty(
                 "removexattr",
                 ino,
@@ -517,14 +541,14 @@ impl Filesystem for Adapter {
     }
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        guarded("getxattr", || {
+        self.here("getxattr", ino, || {
             let value = self.tree.getxattr(NodeId(ino.0), &name.to_string_lossy());
             xattr("getxattr", ino, size, value, reply);
         });
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        guarded("listxattr", || {
+        self.here("listxattr", ino, || {
             xattr(
                 "listxattr",
                 ino,
@@ -562,7 +586,7 @@ impl Filesystem for Adapter {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        guarded("lseek", || {
+        self.here("lseek", ino, || {
             let Some(what) = wire::seek(whence) else {
                 return reply.error(Errno::EINVAL);
             };
@@ -597,7 +621,7 @@ impl Filesystem for Adapter {
     ) {
         let (from, to) = (HandleId(fh_in.0), HandleId(fh_out.0));
         let len = len.min(COPY_MAX);
-        self.defer("copy_file_range", move |tree| {
+        self.defer("copy_file_range", ino_out, move |tree| {
             match tree.copy_range(from, offset_in, to, offset_out, len) {
                 // At most COPY_MAX, so it fits.
                 Ok(copied) => reply.written(copied as u32),

@@ -31,6 +31,7 @@ use std::thread::Builder;
 use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::sys::watch::Watch;
 use crate::tree::{NodeId, Tree};
 
 use adapter::Adapter;
@@ -83,6 +84,19 @@ const VIEW_WORKERS: usize = 2;
 /// `Io` when the kernel hangs up or speaks no version we know; `Limit` when a thread cannot be
 /// started.
 pub fn serve(fd: OwnedFd, tree: Arc<Tree>, options: Options) -> Result<SessionHandle> {
+    serve_watched(fd, tree, options, Arc::default())
+}
+
+/// As [`serve`]; every request can be seen in `watch` while it is under way.
+///
+/// # Errors
+/// As [`serve`].
+pub fn serve_watched(
+    fd: OwnedFd,
+    tree: Arc<Tree>,
+    options: Options,
+    watch: Arc<Watch>,
+) -> Result<SessionHandle> {
     let start = |workers| {
         Pool::start(workers)
             .map_err(|e| Error::with_source(Kind::Limit, "cannot start worker threads", e))
@@ -93,7 +107,7 @@ pub fn serve(fd: OwnedFd, tree: Arc<Tree>, options: Options) -> Result<SessionHa
     config.acl = SessionACL::All;
     config.n_threads = Some(options.event_threads.max(1));
     let session = Session::from_fd(
-        Adapter::new(tree, pool, catalogue, views),
+        Adapter::new(tree, watch, pool, catalogue, views),
         fd,
         SessionACL::All,
         config,

@@ -46,12 +46,19 @@ const PIECE_END: u8 = 255;
 #[derive(Debug, Clone)]
 pub struct SledHome {
     path: PathBuf,
+    shown: PathBuf,
 }
 
 impl SledHome {
     /// The home at a path; its parent exists.
     pub fn new(path: PathBuf) -> SledHome {
-        SledHome { path }
+        let shown = path.clone();
+        SledHome { path, shown }
+    }
+
+    /// As [`SledHome::new`], by a path that only this process understands; `shown` stands in messages.
+    pub fn through(path: PathBuf, shown: PathBuf) -> SledHome {
+        SledHome { path, shown }
     }
 
     /// What [`IndexHome::set_aside`] has left: (number, path).
@@ -85,12 +92,12 @@ fn parent(path: &Path) -> &Path {
 
 impl IndexHome for SledHome {
     fn open(&self) -> Result<Arc<dyn Index>> {
-        Ok(Arc::new(SledIndex::open(&self.path)?))
+        Ok(Arc::new(SledIndex::open(&self.path, &self.shown)?))
     }
 
     /// Renames the directory to `<name>.damaged-<n>` for a later look, and removes older ones.
     fn set_aside(&self) -> Result<()> {
-        let what = || format!("moving the extent map {} aside", self.path.display());
+        let what = || format!("moving the extent map {} aside", self.shown.display());
         if !self.path.try_exists().context(what)? {
             return Ok(());
         }
@@ -126,8 +133,8 @@ struct SledIndex {
 }
 
 impl SledIndex {
-    fn open(path: &Path) -> Result<SledIndex> {
-        let what = || format!("opening the extent map {}", path.display());
+    fn open(path: &Path, shown: &Path) -> Result<SledIndex> {
+        let what = || format!("opening the extent map {}", shown.display());
         match DirBuilder::new().mode(0o700).create(path) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.context(what)?,

@@ -97,6 +97,24 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// The system's error.
     fn identity(&self) -> io::Result<Identity>;
+
+    /// Whether the disk ends before `size` bytes: somebody who is not us has cut it off. Only files of
+    /// this machine can be; it costs no I/O.
+    ///
+    /// # Errors
+    /// The system's error.
+    fn shorter_than(&self, _size: u64) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Whether a name still leads to the disk; what has none goes with the last process that has it
+    /// open. Only files of this machine can lose theirs.
+    ///
+    /// # Errors
+    /// The system's error.
+    fn has_name(&self) -> io::Result<bool> {
+        Ok(true)
+    }
 }
 
 /// Who a source is and, for files, when it last changed.

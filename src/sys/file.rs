@@ -21,6 +21,7 @@ use std::path::Path;
 
 use crate::sys::disk::{Disk, Identity};
 pub use crate::sys::file::dir::FileDir;
+use crate::sys::watch::{Call, calling};
 use crate::units::BLOCK;
 
 /// Bytes written at once where a range cannot be punched: bounds memory and the time until a
@@ -78,6 +79,7 @@ impl FileDisk {
 
     /// Writes zeros in bounded pieces; nothing if the range is empty or reversed.
     fn zero(&self, mut offset: u64, end: u64) -> io::Result<()> {
+        let _calling = calling(Call::Write, self.file.as_raw_fd());
         let len = usize::try_from(end.saturating_sub(offset)).unwrap_or(ZERO_PIECE);
         let zeros = vec![0; len.min(ZERO_PIECE)];
         while offset < end {
@@ -92,6 +94,7 @@ impl FileDisk {
 
     /// Punches without fallback.
     fn fallocate_punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let _calling = calling(Call::Space, self.file.as_raw_fd());
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let (offset, len) = (file_offset(offset)?, file_offset(len)?);
         retry(|| {
@@ -111,10 +114,12 @@ impl FileDisk {
 
 impl Disk for FileDisk {
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let _calling = calling(Call::Read, self.file.as_raw_fd());
         self.file.read_exact_at(buf, offset)
     }
 
     fn write_all_at(&self, mut offset: u64, parts: &[&[u8]]) -> io::Result<()> {
+        let _calling = calling(Call::Write, self.file.as_raw_fd());
         let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
         let mut rest: &mut [IoSlice<'_>] = &mut slices;
         IoSlice::advance_slices(&mut rest, 0); // drops empty parts at the front
@@ -139,6 +144,7 @@ impl Disk for FileDisk {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        let _calling = calling(Call::Sync, self.file.as_raw_fd());
         self.file.sync_data()
     }
 
@@ -170,6 +176,7 @@ impl Disk for FileDisk {
                 "a device keeps its size",
             ));
         }
+        let _calling = calling(Call::Space, self.file.as_raw_fd());
         self.file.set_len(size)
     }
 
@@ -242,6 +249,15 @@ impl Disk for FileDisk {
         } else {
             Err(io::Error::from_raw_os_error(errno))
         }
+    }
+
+    fn shorter_than(&self, size: u64) -> io::Result<bool> {
+        // A device that shrinks refuses what lies past its end.
+        Ok(!self.device && self.file.metadata()?.size() < size)
+    }
+
+    fn has_name(&self) -> io::Result<bool> {
+        Ok(self.device || self.file.metadata()?.nlink() > 0)
     }
 
     fn identity(&self) -> io::Result<Identity> {

@@ -5,15 +5,18 @@ pub mod disk;
 pub mod file;
 pub mod lock;
 pub mod mount;
+pub mod place;
 pub mod planted;
 pub mod process;
+pub mod signals;
 pub mod sim;
 pub mod source;
+pub mod watch;
 
 /// Waits for what other tests of this process can delay: a child of theirs holds copies of our
 /// descriptors between fork and exec.
 #[cfg(test)]
-fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
+pub(crate) fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
     for _ in 0..500 {
         if is_so() {
             return true;

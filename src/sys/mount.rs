@@ -11,6 +11,7 @@
 
 #![allow(unsafe_code, reason = "mount(2), umount2(2), geteuid")]
 
+mod abort;
 mod fusermount;
 mod table;
 
@@ -19,12 +20,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use crate::error::{Error, IoContext, Kind, Result};
+pub use crate::sys::mount::abort::abort_connection;
 pub use crate::sys::mount::table::{
     MountEntry, escape_source, mount_at, mount_of, mounts, unescape_source,
 };
@@ -203,15 +206,6 @@ pub fn resolve(path: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Cuts a FUSE connection, so that everything waiting for it ends with an error. `false` if the
-/// control filesystem does not show the connection (not mounted, or no such one).
-///
-/// # Errors
-/// The system's error.
-pub fn abort_connection(dev_minor: u32) -> io::Result<bool> {
-    write_setting(&format!("/sys/fs/fuse/connections/{dev_minor}/abort"), "1")
-}
-
 /// Sets the read-ahead of a mount in KiB. `false` if the system does not offer it or rights lack.
 pub fn set_read_ahead(major: u32, minor: u32, kib: u32) -> bool {
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
@@ -363,7 +357,9 @@ fn mount_direct(
     let options = format!("fd={fd},rootmode=40000,user_id={uid},group_id={gid}{others}");
     let options = CString::new(options).expect("numbers and words only");
     let source = CString::new(source).expect("check_source refuses NUL");
-    let path = CString::new(mountpoint.as_os_str().as_bytes())?;
+    // By descriptor: a link that is put in the way now leads nowhere else.
+    let place = hold_place(mountpoint)?;
+    let path = CString::new(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
     let mount = |fstype: &std::ffi::CStr| {
         // SAFETY: all are C strings that outlive the call.
         let answer = unsafe {
@@ -385,6 +381,19 @@ fn mount_direct(
         Err(e) if e.raw_os_error() == Some(libc::ENODEV) => mount(c"fuse"),
         other => other,
     }
+}
+
+/// The directory at an absolute path without links, held.
+fn hold_place(mountpoint: &Path) -> io::Result<File> {
+    let place = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW)
+        .open(mountpoint)?;
+    let is_at = fs::read_link(format!("/proc/self/fd/{}", place.as_raw_fd()))?;
+    if is_at != mountpoint {
+        return Err(io::Error::other("a link was put in its way"));
+    }
+    Ok(place)
 }
 
 /// Refuses what could end an option or a line somewhere: see [`escape_source`].

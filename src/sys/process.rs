@@ -257,6 +257,28 @@ fn notify(address: &std::ffi::OsStr, state: &str) -> Result<()> {
         .context(|| "cannot tell systemd the state of the service")
 }
 
+/// Raises the limit of open descriptors as far as this process may. A store with many clones needs one
+/// for each layer in use.
+pub fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is valid and writable for both calls.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+    }
+}
+
+/// Ends this process at once: nothing is flushed or cleaned up, as in a kill.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: it does not return.
+    unsafe { libc::_exit(code) }
+}
+
 /// Whether a process of this number exists, a zombie included.
 pub fn pid_alive(pid: u32) -> bool {
     let Ok(pid) = libc::pid_t::try_from(pid) else {

@@ -60,6 +60,28 @@ impl FileSources {
         Ok(Arc::new(disk))
     }
 
+    /// What the path of an open source names by now, in words, if that is not the source.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn astray(&self, path: &str, disk: &dyn Disk) -> Result<Option<String>> {
+        let context = || format!("cannot look at source {}", escape(path));
+        let known = disk.identity().context(context)?;
+        let named = match fs::symlink_metadata(path) {
+            Ok(meta) => meta,
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+                return Ok(Some("nothing".to_owned()));
+            }
+            Err(e) => return Err(e).context(context),
+        };
+        let found = if named.file_type().is_block_device() {
+            (named.rdev(), 0)
+        } else {
+            (named.dev(), named.ino())
+        };
+        Ok((found != (known.dev, known.ino)).then(|| "another file".to_owned()))
+    }
+
     /// The path under which a source is kept: absolute, without symbolic links, so that it means
     /// the same from any directory. Checks what can be checked without opening it.
     ///

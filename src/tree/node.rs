@@ -261,6 +261,18 @@ impl Tree {
         self.nodes.forget(node, count);
     }
 
+    /// Which volume, snapshot or clone a node belongs to, for messages: from memory alone, so that it
+    /// answers while the engine hangs. `None` for what the kernel does not know, or at a busy moment.
+    pub fn belongs_to(&self, node: NodeId) -> Option<String> {
+        let table = self.nodes.table.try_lock().ok()?;
+        Some(match &table.get(&node.0)?.known {
+            Known::Volume(volume) => volume.to_string(),
+            Known::Snapshot(volume, name) => format!("{volume}@{name}"),
+            Known::Clone(volume, name) => format!("{volume}/{name}"),
+            Known::Diff(volume) => format!("a diff of {volume}"),
+        })
+    }
+
     /// Whether looking at a node, or a name in it, may read content: the size of a diff is only known
     /// once its changed grains were read. The caller then lets nobody else wait for it.
     pub fn reads_to_look(&self, node: NodeId) -> bool {

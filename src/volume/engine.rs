@@ -169,7 +169,9 @@ impl Engine {
         }
         // No write is under way from here on, and later ones find the volume removed.
         let _gate = vol.gate.write().unwrap_or_else(PoisonError::into_inner);
-        if vol.source.is_some() && !matches!(vol.state().health, VolumeState::Suspect(_)) {
+        // What goes with the daemon anyway needs no sync.
+        let named = vol.source.is_some() && vol.named().is_ok();
+        if named && !matches!(vol.state().health, VolumeState::Suspect(_)) {
             flush(&vol)?;
         }
         let removed = Record::plain(RecordType::VolumeRemoved, vol.id, 0, Vec::new());
@@ -221,6 +223,7 @@ impl Engine {
         vol.state().idle(name)?;
         let source = vol.source()?;
         let identity = source.identity().context(|| "cannot stat the source")?;
+        vol.named()?;
         let entry = lock(&shared.catalog).volumes.get(&vol.id).cloned();
         if !entry.is_some_and(|entry| entry.allows(&identity)) {
             return Err(Error::new(
@@ -274,7 +277,7 @@ impl Engine {
     }
 
     /// Appends a volume's changed attributes. The caller holds `structure`.
-    fn change_entry(
+    pub(in crate::volume) fn change_entry(
         &self,
         vol: &Vol,
         change: impl FnOnce(&mut VolumeEntry, &mut crate::volume::shared::VolState),

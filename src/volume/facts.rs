@@ -17,6 +17,15 @@ pub trait Sources: Send + Sync {
     /// `NotFound`, `Permission`, `Busy` (locked by another), `Invalid` (a directory, inside a
     /// Stillframe mount), `Io`.
     fn open(&self, path: &str) -> Result<Arc<dyn Disk>>;
+
+    /// What an open source's path names by now, if that is not the source; `None` if it is, or where
+    /// nobody but us can change it.
+    ///
+    /// # Errors
+    /// The system's error.
+    fn astray(&self, _path: &str, _disk: &dyn Disk) -> Result<Option<String>> {
+        Ok(None)
+    }
 }
 
 /// Everything outside that the engine uses.
@@ -47,6 +56,9 @@ pub struct Settings {
     /// target counts as full. What needs no payload (deletions, marks of failure, new snapshots)
     /// still gets through.
     pub limit_bytes: Option<u64>,
+    /// The store is a copy: a source of which it cannot be told that nobody wrote to it since is taken for
+    /// changed.
+    pub copied: bool,
 }
 
 /// How much of the thin target is used, and how fast that grows.
@@ -74,6 +86,7 @@ impl Default for Settings {
             checkpoint_bytes: 64 << 20,
             ballast_bytes: 8 << 20,
             limit_bytes: None,
+            copied: false,
         }
     }
 }
@@ -130,6 +143,8 @@ pub enum VolumeState {
 /// Facts about a volume.
 #[derive(Debug, Clone)]
 pub struct VolumeInfo {
+    /// What an operator should hear of although the volume works.
+    pub notice: Option<String>,
     /// Number, unique in the store.
     pub id: VolumeId,
     /// Unique for ever.

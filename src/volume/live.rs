@@ -97,6 +97,7 @@ impl Volume {
                 }
                 (health, _) => health.clone(),
             },
+            notice: state.astray.clone(),
             ino_base,
             mtime_ns: state.mtime_ns,
             added_ns,
@@ -206,6 +207,7 @@ impl Volume {
         vol.state().serving(&self.vol.name)?;
         // The size may have changed since the caller looked.
         self.check_range(at, end - at, Kind::NoSpace)?;
+        vol.whole()?;
         let source = vol.source()?;
         let grain = vol.grain.bytes();
         let limit = end.min(at + HOLE_PIECE_MAX);
@@ -274,6 +276,9 @@ impl Volume {
         vol.state().serving(&vol.name)?;
         // The size may have changed since the caller looked.
         self.check_range(offset, len, Kind::NoSpace)?;
+        // A write past the new end of a source that was cut off would bring back as zeros what
+        // snapshots share with it.
+        vol.whole()?;
         self.change_in_gate(offset, len, new, compare)
     }
 
@@ -463,6 +468,7 @@ impl Volume {
             .source()?
             .next_data(offset)
             .context(|| "cannot look for data")?;
+        self.vol.whole()?;
         Ok(found.filter(|&at| at < self.vol.size()))
     }
 
@@ -480,6 +486,7 @@ impl Volume {
             .source()?
             .next_hole(offset)
             .context(|| "cannot look for holes")?;
+        self.vol.whole()?;
         Ok(found.min(self.vol.size()))
     }
 
@@ -507,6 +514,7 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
             ),
         )
     };
+    vol.named()?;
     let started = vol.syncs_started.load(Ordering::Acquire);
     let mut succeeded = lock(&vol.sync);
     if let VolumeState::Suspect(why) = &vol.state().health {
@@ -522,6 +530,8 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
     };
     match synced {
         Ok(()) => {
+            // Who was deleted meanwhile is durable for nobody.
+            vol.named()?;
             *succeeded = number;
             Ok(())
         }

@@ -44,6 +44,7 @@ mod snapshots;
 mod space;
 mod thin;
 mod tracking;
+mod vigil;
 
 pub use crate::volume::clones::OpenClone;
 pub use crate::volume::diffs::{DIFF_RUNS_MAX, Diff, DiffPoint};

@@ -301,7 +301,10 @@ impl Snapshot {
         } else {
             source.next_hole(part.start).map(|at| Some(at.min(size)))
         };
-        found.context(|| "cannot look for holes in the source")
+        let found = found.context(|| "cannot look for holes in the source")?;
+        // What somebody cut off is no hole.
+        self.vol.whole()?;
+        Ok(found)
     }
 
     /// After a clean window without data: how far neither the source has data nor anything is
@@ -315,6 +318,7 @@ impl Snapshot {
                 .context(|| "cannot look for data")?,
             false => None,
         };
+        self.vol.whole()?;
         let grain = self.vol.grain.bytes();
         let preserved = self
             .shared

@@ -607,12 +607,22 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
             if !clean && state.trust == Trust::Known {
                 state.trust = Trust::Unverified;
             }
+            if shared.settings.copied && entry.depended_on() {
+                // It cannot be compared now, and next time the store counts as at home.
+                state.trust = Trust::Changed;
+            }
         }
         Ok(source) => {
             let found = source
                 .identity()
                 .context(|| format!("cannot stat {}", entry.source))?;
-            judge(&mut state, entry, &found, clean, now);
+            judge(
+                &mut state,
+                entry,
+                &found,
+                (clean, shared.settings.copied),
+                now,
+            );
             if entry.allows(&found) && !is_device(&found) {
                 // Other than the volume's while a resize or revert is unfinished: what lies behind
                 // the end of the file reads as zero for snapshots.
@@ -644,7 +654,13 @@ fn open_volume(shared: &Shared, id: u32, entry: &VolumeEntry, clean: bool) -> Re
 }
 
 /// Sets a volume's state from what its source was and is.
-fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: bool, now: i64) {
+fn judge(
+    state: &mut VolState,
+    entry: &VolumeEntry,
+    found: &Identity,
+    (clean, copied): (bool, bool),
+    now: i64,
+) {
     // A device has no change time to compare.
     let comparable = clean && entry.identity.ctime_ns != 0;
     let allowed = entry.allows(found);
@@ -669,6 +685,10 @@ fn judge(state: &mut VolState, entry: &VolumeEntry, found: &Identity, clean: boo
             "it has {} bytes and the volume {}",
             found.size, entry.size
         )),
+    });
+    let same = same.and_then(|()| match copied && !comparable {
+        true => Err("the store is a copy, and the original may have written since".to_owned()),
+        false => Ok(()),
     });
     if let Err(why) = same {
         tracing::error!(

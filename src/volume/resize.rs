@@ -281,6 +281,8 @@ impl Volume {
     pub(in crate::volume) fn preserve_end(&self, end: Range<u64>, sharing: bool) -> Result<()> {
         let vol = &*self.vol;
         let source = vol.source()?;
+        // What somebody cut off is no hole that needs no preserving.
+        vol.whole()?;
         let device = is_device(&self.identity()?);
         let preserved = vol.state().preserved.clone();
         for gap in preserved.gaps_in(vol.grain.cover(end.clone())) {

@@ -114,6 +114,8 @@ pub struct VolState {
     pub busy: Option<&'static str>,
     /// A resize or revert was begun and could not be finished: the live content is not served.
     pub unfinished: Option<String>,
+    /// The path of the source leads elsewhere by now; see `vigil`.
+    pub astray: Option<String>,
 }
 
 /// Why a point counts.
@@ -158,6 +160,7 @@ impl Vol {
             reclaimable: 0,
             busy: None,
             unfinished: None,
+            astray: None,
         };
         Vol {
             id,

@@ -123,7 +123,7 @@ impl Shared {
         if since.elapsed() >= patience {
             return false;
         }
-        self.wait_a_little();
+        crate::sys::watch::patiently(|| self.wait_a_little());
         true
     }
 

@@ -216,9 +216,22 @@ impl Machine for Daemon {
     }
 }
 
+/// After a power cut the machine boots again. This one has not, and a store on another device within one
+/// boot would be a copy.
+fn another_boot(store: &Path) {
+    let home = store.join("home");
+    // A cut may hit before there is one.
+    let Ok(text) = fs::read_to_string(&home) else {
+        return;
+    };
+    let (rest, _) = text.rsplit_once(' ').expect("never torn: it is replaced");
+    fs::write(&home, format!("{rest} another\n")).unwrap();
+}
+
 /// Starts the daemon on a crash state, compares every view with what the engine in this process found
 /// in the same state, ends the daemon, and asks `check`.
 pub fn same_through_the_mount(store: &Path, found: &World) {
+    another_boot(store);
     let mut rig = Rig::with_store(store.to_owned());
     rig.mount();
     for (v, volume) in found.volumes.iter().enumerate() {

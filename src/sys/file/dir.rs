@@ -12,6 +12,7 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::sys::disk::{Dir, Disk, Open, Space};
 use crate::sys::file::{FileDisk, check_name, retry};
 use crate::sys::process::effective_uid;
+use crate::sys::watch::{Call, calling};
 use crate::units::escape;
 
 /// A directory of this machine, held by descriptor.
@@ -191,6 +192,7 @@ impl Dir for FileDir {
     }
 
     fn sync(&self) -> io::Result<()> {
+        let _calling = calling(Call::Sync, self.raw());
         // SAFETY: takes a number only; the descriptor is ours.
         retry(|| unsafe { libc::fsync(self.raw()) }).map(drop)
     }
