@@ -378,7 +378,9 @@ fn long_runs_of_zeros_are_punched_and_short_ones_written() {
     let stage = Stage::new();
     let case = stage.copy(4, 64 * MIB);
     case.revert(&mut |_| {}).unwrap();
-    let zero = (0..WHOLE).step_by(RUN).filter(|at| at / RUN % 5 == 0);
+    let zero = (0..WHOLE)
+        .step_by(RUN)
+        .filter(|at| (at / RUN).is_multiple_of(5));
     let wanted: Vec<_> = zero.map(|at| (at as u64, RUN as u64)).collect();
     assert_eq!(*case.watch.punched.lock().unwrap(), wanted);
     assert!(case.live() == stage.a);
