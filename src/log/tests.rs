@@ -413,8 +413,12 @@ fn without_space_for_a_segment_the_last_one_goes_on_and_no_cut_loses_a_batch() {
             let full = (seed + life) % 3 > 0;
             world.set_space("log", full.then_some(used + (seed % 7) * 2048));
             if life > 0 && !full {
-                // There is space, and the segment's name cannot be made durable.
-                world.fail_nth(Op::DirSync, 1, ENOSPC);
+                // There is space, and it ends while the head is written (18, 19), while the catalogue is
+                // (20), or when the name is made durable.
+                match seed / 6 % 4 {
+                    0 => world.fail_nth(Op::DirSync, 1, ENOSPC),
+                    n => world.fail_nth(Op::Write, 17 + n, ENOSPC),
+                }
             }
             if (seed + life) % 2 == 0 {
                 world.die_at(1 + (seed * 31 + life * 17) % 45);
