@@ -63,7 +63,15 @@ fn few_descriptors_are_no_harm() {
         expected[usize::from(i) * 9000..][..40_000].fill(i);
     }
     live.sync_all().unwrap();
-    println!("{} clones, {refused} refusals", made.len());
+    let files = ["clones", "log"].map(|dir| {
+        let all = fs::read_dir(rig.store().join(dir)).unwrap();
+        all.count()
+    });
+    println!(
+        "{} clones in {files:?} files, {refused} refusals",
+        made.len()
+    );
+    assert!(files.iter().sum::<usize>() > 64, "too few for the limit");
     let report = status(&rig);
     assert_eq!(report["volumes"][0]["state"], "active");
     let check = |rig: &Rig, made: &[(u8, Vec<u8>, bool)]| {

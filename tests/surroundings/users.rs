@@ -71,11 +71,11 @@ fn others_get_in_as_far_as_they_are_let() {
             format!("touch {at}/vm/snapshots/mine.img"),
             format!("ln {at}/vm/snapshots/a.img {at}/vm/clones/mine.img"),
             format!("rm -f {at}/vm/snapshots/a.img"),
-            format!("mv {at}/vm/snapshots/a.img {at}/vm/snapshots/b.img"),
             format!("chmod 777 {at}/vm/live.img"),
             format!("setfattr -n user.stillframe.revert -v a {at}/vm/live.img"),
             format!("getfattr -d {at}/vm/live.img"),
             format!("truncate -s 0 {at}/vm/clones/c.img"),
+            format!("mv {at}/vm/snapshots/a.img {at}/vm/snapshots/b.img"),
         ];
         for user in [STRANGER, GROUP] {
             for deed in &deeds {
