@@ -176,6 +176,25 @@ fn checksum(bytes: &[u8]) -> [u8; SUM_LEN] {
     hash[..SUM_LEN].try_into().expect("a hash has 32 bytes")
 }
 
+/// Bytes of a slot.
+pub const SLOT_BYTES: u64 = SLOT_LEN as u64;
+
+/// Both slots as they are, for whoever checks them.
+///
+/// # Errors
+/// The system's. A slot that cannot be read or used is an error in its place.
+pub fn slots(dir: &dyn Dir) -> Result<[Result<Superblock>; 2]> {
+    let disk = dir
+        .open(FILE, Open::Read)
+        .context(|| "cannot open the store's superblock")?;
+    Ok([0, SLOT_BYTES].map(|at| {
+        let mut bytes = vec![0; SLOT_LEN];
+        disk.read_exact_at(at, &mut bytes)
+            .context(|| "cannot read the superblock")
+            .and_then(|()| Superblock::decode(&bytes))
+    }))
+}
+
 /// The superblock's file: reads the newest slot, writes the other one.
 pub struct SuperblockFile {
     disk: Arc<dyn Disk>,

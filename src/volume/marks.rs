@@ -133,7 +133,11 @@ impl Shared {
                 ..failure.clone()
             });
         }
-        superblock.update(next)?;
+        superblock.update(next.clone())?;
+        // Into the other slot, too: rot in one of them must not forget it. It counts already.
+        if let Err(e) = superblock.update(next) {
+            tracing::warn!("marks of failure stand in one slot only: {}", e.chain());
+        }
         drop(superblock);
         let mut catalog = lock(&self.catalog);
         for failure in &marked {

@@ -25,11 +25,13 @@ use crate::units::{BLOCK, Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
+use crate::volume::heal::Heal;
 use crate::volume::layers::Clones;
 use crate::volume::live::Volume;
 use crate::volume::marks::{Failure, apply_marks};
 use crate::volume::overlay::Home;
 use crate::volume::reclaim;
+use crate::volume::scrub::Scrub;
 use crate::volume::shared::{
     Point, Shared, Vol, VolState, compare, lock, to_publish, unreadable_layer,
 };
@@ -39,6 +41,9 @@ use crate::volume::thin::Thin;
 const LOG_DIR: &str = "log";
 /// Newest segments whose content is made durable before it is read.
 const SYNCED_AT_OPEN: usize = 4;
+
+/// Bytes of overlays that a clean stop reads to make checksums of what was just written.
+const SEALED_AT_CLOSE: u64 = 256 << 20;
 
 /// Makes an empty store in a directory.
 ///
@@ -120,12 +125,15 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         store: facts.store,
         log: Log::resume(config, resume),
         map: replay.map,
-        map_in_memory: replay.map_in_memory,
+        map_in_memory: AtomicBool::new(replay.map_in_memory),
         structure: Mutex::new(()),
         superblock: Mutex::new(superblock),
         catalog: Mutex::new(replay.catalog.clone()),
         volumes: RwLock::default(),
-        clones: Mutex::new(Clones::new(Home::new(Arc::clone(&env.dir)))),
+        clones: Mutex::new(Clones::new(
+            Home::new(Arc::clone(&env.dir)),
+            Keys::derive(&facts.secret, facts.store),
+        )),
         closed: AtomicBool::new(false),
         checkpointed: Mutex::new((replay.applied_segment, 0)),
         reclaim_due: Mutex::default(),
@@ -135,6 +143,8 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         maintaining: Mutex::new(()),
         waiting: Waiting::default(),
         thin: Thin::default(),
+        scrub: Scrub::open(env.dir.as_ref()),
+        heal: Heal::default(),
         failure_watch: Mutex::new(None),
         env,
     });
@@ -524,7 +534,7 @@ fn first_heard_of(before: &Catalog, read: &Catalog) -> Vec<(u32, u64, u64)> {
 
 /// The catalogue in a CATALOG's payload; `None` if it is damaged (an older one then stands, and what
 /// followed it was applied).
-fn read_catalog(
+pub fn read_catalog(
     dir: &dyn Dir,
     keys: &Keys,
     record: &Record,
@@ -756,6 +766,7 @@ pub fn close(shared: &Shared) -> Result<()> {
     shared.complete_epochs();
     shared.refine()?;
     let (settled, flushed) = shared.flush_clones();
+    shared.seal_layers(0, SEALED_AT_CLOSE);
     let catalog = Catalog {
         unsettled: !settled,
         ..shared.clean_catalog()?

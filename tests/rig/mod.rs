@@ -295,7 +295,15 @@ impl Rig {
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
-        let ours = ["lock", "superblock", "log", "map", "ballast", "clones"];
+        let ours = [
+            "lock",
+            "superblock",
+            "log",
+            "map",
+            "ballast",
+            "clones",
+            "scrub",
+        ];
         left.retain(|name| !ours.contains(&&**name));
         assert!(left.is_empty(), "left in the store: {left:?}");
     }
