@@ -363,6 +363,15 @@ impl Log {
         (Lsn(writer.tail.lsn), writer.tail.segment, writer.tail.end)
     }
 
+    /// As [`Log::end`], but for a seal at the end: it says nothing, so whoever has taken in all before it
+    /// has taken in all, and it can be lost without anybody missing it.
+    pub fn end_said(&self) -> (Lsn, u32, u64) {
+        let writer = lock(&self.writer);
+        let seal = u64::from(writer.previous.records.is_empty());
+        let lsn = writer.tail.lsn.saturating_sub(seal);
+        (Lsn(lsn), writer.tail.segment, writer.tail.end)
+    }
+
     /// Bytes of the current segment that are written ahead, to be used by the next batches.
     pub fn written_ahead(&self) -> u64 {
         let writer = lock(&self.writer);

@@ -17,8 +17,10 @@ pub const FILE: &str = "superblock";
 pub const MAGIC: [u8; 8] = *b"SFsuper1";
 /// The format this program writes.
 pub const VERSION: u32 = 1;
+/// Incompatible feature: overlays have checksums, which whoever writes to one takes away first.
+pub const INCOMPAT_SUMS: u64 = 1;
 /// Incompatible features this program knows; a store with another bit is refused.
-pub const INCOMPAT_KNOWN: u64 = 0;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_SUMS;
 /// Bytes of a slot.
 pub const SLOT_LEN: usize = 64 << 10;
 /// Most invalid marks a slot holds.

@@ -139,6 +139,16 @@ pub struct Audit {
     pub findings: Vec<Finding>,
     /// The extent map is not what the log gives, and making it again is certain to mend it.
     pub map_to_rebuild: bool,
+    /// The map may know what the log has lost, so it is not to be made again.
+    #[serde(skip)]
+    pub(crate) keep_map: bool,
+}
+
+impl Audit {
+    fn concluded(mut self) -> Audit {
+        self.map_to_rebuild &= !self.keep_map;
+        self
+    }
 }
 
 const COPY_ASIDE: &str = "copy the store aside before anything else";
@@ -168,6 +178,14 @@ pub fn offline(env: &Environment, share: Share, seed: u64) -> Result<Audit> {
         upto: None,
     };
     let mut view = View::read(&source, &mut audit)?;
+    audit.keep_map = view.lost;
+    view.unclean = superblock.open;
+    for finding in audit.findings.iter_mut().filter(|f| f.state == "torn") {
+        if !superblock.open {
+            // A clean stop leaves none.
+            finding.severity = Severity::Warning;
+        }
+    }
     // Noted there because the log had no room; they count like records.
     for mark in &superblock.invalid {
         view.fail(mark.volume, mark.first, mark.last);
@@ -227,7 +245,7 @@ fn finish(
     audit.grains_read += counts.read;
     audit.grains_needed += counts.needed;
     audit.findings.extend(bad.findings());
-    Ok(audit)
+    Ok(audit.concluded())
 }
 
 /// Audits an open store. What changes meanwhile is left out, not judged.
@@ -253,6 +271,7 @@ pub fn online(shared: &Shared) -> Result<Audit> {
         upto: Some((applied.map_or(Lsn(0), |a| a.lsn), durable)),
     };
     let mut view = View::read(&source, &mut audit)?;
+    audit.keep_map = view.lost;
     let now = lock(&shared.catalog).clone();
     view.keep_points_of(&now);
     states(&now, &mut audit);
@@ -263,7 +282,7 @@ pub fn online(shared: &Shared) -> Result<Audit> {
         }
         Err(e) => map_damaged(&e.chain(), &mut audit),
     }
-    Ok(audit)
+    Ok(audit.concluded())
 }
 
 /// Bytes of the cache of a map that is only walked.
@@ -375,10 +394,20 @@ fn actual_map(
         return None;
     }
     match view::catch_up(source, &map, applied) {
-        Ok(true) => Some(map),
-        Ok(false) => {
-            map_damaged("it is ahead of the log, or begins behind it", audit);
-            None
+        Ok(scanned) if applied.lsn.0 <= scanned.tail.lsn => Some(map),
+        Ok(scanned) => {
+            audit.keep_map = true;
+            let (first, last) = (scanned.tail.lsn + 1, applied.lsn.0);
+            audit.findings.push(
+                Finding::new(Severity::Damage, "log", "store", "log", "lost")
+                    .because(format!(
+                        "batches {first} to {last}, its end, are lost: the extent map has them"
+                    ))
+                    .advise(
+                        "bring the log back from a copy of the store; the next start marks all snapshots failed",
+                    ),
+            );
+            Some(map)
         }
         Err(e) => {
             map_damaged(&e.chain(), audit);

@@ -104,7 +104,7 @@ impl Shared {
             }
         };
         let map = ExtentMap::open(index, self.settings.map_cache_bytes)?;
-        let (upto, segment, offset) = self.log.end();
+        let (upto, segment, offset) = self.log.end_said();
         let dir = self.env.dir.subdir("log", false);
         let dir = dir.context(|| "cannot open the log's directory")?;
         let scan = Scan {

@@ -410,11 +410,16 @@ impl Shared {
         let layers: Vec<Arc<Layer>> = lock(&self.clones).layers.values().cloned().collect();
         let mut left = budget;
         for layer in layers {
-            let held = lock(&layer.set).clone();
+            let used = layer.overlay.has_open_files();
+            let held = || lock(&layer.set).clone();
             match layer.overlay.seal(&held, rounds, left) {
                 Ok(bytes) => left = left.saturating_sub(bytes),
                 // It stays with the overlay, which says so to whoever uses it.
                 Err(e) => tracing::debug!(layer = layer.id, "{}", e.chain()),
+            }
+            if !used && layer.overlay.has_open_files() {
+                // Clones that nobody has open hold no descriptors.
+                layer.overlay.close_files_again();
             }
         }
     }

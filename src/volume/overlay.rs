@@ -297,7 +297,7 @@ impl Overlay {
     ///
     /// # Errors
     /// Those of a sync.
-    pub fn seal(&self, held: &GrainSet, rounds: u32, budget: u64) -> Result<u64> {
+    pub fn seal(&self, held: &dyn Fn() -> GrainSet, rounds: u32, budget: u64) -> Result<u64> {
         match &self.sums {
             Some(sums) if self.check().is_ok() => sums.seal(
                 held,
@@ -308,6 +308,35 @@ impl Overlay {
             ),
             _ => Ok(0),
         }
+    }
+
+    /// Grains have become the layer's: they are to get checksums.
+    pub fn note_held(&self, grains: Range<u64>) {
+        if let Some(sums) = &self.sums {
+            sums.note_held(grains);
+        }
+    }
+
+    /// Before a part of a grain changes: the rest of it must be what it was, or the checksum that is made
+    /// of it then would be of rot.
+    fn hold_edges(&self, range: &Range<u64>) -> Result<()> {
+        let Some(sums) = &self.sums else {
+            return Ok(());
+        };
+        let size = sums.grain();
+        let edges = [range.start, range.end];
+        let mut parts: Vec<u64> = edges
+            .into_iter()
+            .filter(|at| !at.is_multiple_of(size))
+            .map(|at| at / size)
+            .collect();
+        parts.dedup();
+        for grain in parts {
+            if sums.of(grain..grain + 1) != [0] {
+                self.read(grain * size, &mut vec![0; size as usize])?;
+            }
+        }
+        Ok(())
     }
 
     /// The grains whose checksums are lost.
@@ -337,9 +366,12 @@ impl Overlay {
     /// Writes; in the page cache when it returns.
     ///
     /// # Errors
-    /// `Failed` after a failed sync, `NoSpace`, `Io`: a prefix may have been written.
+    /// `Failed` after a failed sync, `NoSpace`, `Io`: a prefix may have been written. `Damaged` if the rest
+    /// of a grain that is written in part has rotted.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        let _opened = self.opened(offset..offset + data.len() as u64)?;
+        let range = offset..offset + data.len() as u64;
+        self.hold_edges(&range)?;
+        let _opened = self.opened(range)?;
         for (piece, part, at) in self.parts(offset..offset + data.len() as u64) {
             let disk = self.written(piece)?;
             let data = &data[at..at + (part.end - part.start) as usize];
@@ -359,6 +391,7 @@ impl Overlay {
     /// As [`Overlay::write`].
     pub fn zero(&self, range: Range<u64>) -> Result<()> {
         let context = || format!("cannot punch overlay {}", self.layer);
+        self.hold_edges(&range)?;
         let _opened = self.opened(range.clone())?;
         for (piece, part, _) in self.parts(range) {
             let disk = self.written(piece)?;
@@ -498,6 +531,18 @@ impl Overlay {
                 sums.close_file();
             }
         }
+    }
+
+    /// As [`Overlay::close_files`], for whoever had them opened for himself: writers that have come
+    /// meanwhile are let finish.
+    pub fn close_files_again(&self) {
+        let _quiet = self.sums.as_ref().map(Sums::quiet);
+        self.close_files();
+    }
+
+    /// Whether any file is open.
+    pub fn has_open_files(&self) -> bool {
+        !lock(&self.files).is_empty() || self.sums.as_ref().is_some_and(Sums::is_open)
     }
 
     /// Last change of the files' status, ns since 1970; `None` without files.

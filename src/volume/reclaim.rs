@@ -105,7 +105,7 @@ fn checkpoint_due(shared: &Shared) -> bool {
 /// As [`maintain`].
 pub fn checkpoint(shared: &Shared) -> Result<()> {
     shared.room_for_checkpoint()?;
-    let (lsn, segment, offset) = shared.log.end();
+    let (lsn, segment, offset) = shared.log.end_said();
     // After the end was taken: an intent before it is not replayed and must not be relied on.
     shared.complete_epochs();
     shared.map.checkpoint(Applied {

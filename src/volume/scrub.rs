@@ -92,6 +92,16 @@ struct Known {
     epoch: u64,
     before: Option<u64>,
     grain: u64,
+    /// When the scrub began in which it was last seen, by it or by a reader.
+    #[serde(default)]
+    seen: i64,
+}
+
+impl Known {
+    fn is(&self, other: &Known) -> bool {
+        (self.volume, self.grain) == (other.volume, other.grain)
+            && (self.epoch, self.before) == (other.epoch, other.before)
+    }
 }
 
 /// See the head of the file.
@@ -133,21 +143,34 @@ impl Scrub {
             // Of this snapshot and no other: what else needs it is found by a scrub.
             before: epoch.checked_sub(1),
             grain,
+            seen: 0,
         });
     }
 
     fn remember(&self, known: Known) {
         let mut state = lock(&self.state);
-        if state.known.len() < KNOWN_MAX && !state.known.contains(&known) {
-            state.known.push(known);
+        let seen = state.started_ns;
+        if let Some(known) = state.known.iter_mut().find(|k| k.is(&known)) {
+            known.seen = seen;
+        } else if state.known.len() < KNOWN_MAX {
+            state.known.push(Known { seen, ..known });
         }
     }
 
-    fn forget(&self, volume: u32, grain: u64, upto: u64) {
+    /// A record is good again, so whatever it serves is.
+    fn forget(&self, bad: &Bad) {
+        let serves = |epoch: u64| epoch <= bad.epoch && bad.before.is_none_or(|b| epoch > b);
+        let is = |k: &Known| (k.volume, k.grain) == (bad.volume, bad.grain) && serves(k.epoch);
+        lock(&self.state).known.retain(|k| !is(k));
+    }
+
+    /// A scrub has read all of these volumes: what it did not find damaged is good, as after an error
+    /// that passed.
+    fn forget_unseen(&self, only: Option<u32>) {
         let mut state = lock(&self.state);
-        state
-            .known
-            .retain(|k| !(k.volume == volume && k.grain == grain && k.epoch <= upto));
+        let seen = state.started_ns;
+        let concerned = |k: &Known| k.volume & LAYER_BIT == 0 && only.is_none_or(|o| o == k.volume);
+        state.known.retain(|k| k.seen == seen || !concerned(k));
     }
 }
 
@@ -263,7 +286,7 @@ impl Shared {
             Finding::new(Severity::Damage, "payload", "clone", &name, "damaged")
                 .because("content of the clone does not match its checksum")
                 .at(ranges)
-                .advise("write these bytes anew, or delete the clone")
+                .advise("write these bytes anew, whole blocks of them, or delete the clone")
         };
         all.into_iter().map(finding).collect()
     }
@@ -309,7 +332,7 @@ impl Shared {
             return Err(Error::new(Kind::Busy, "a scrub is under way already"));
         }
         let _running = Running(&self.scrub.running);
-        self.begin(options, only)?;
+        let complete = self.begin(options, only)?;
         let mut pace = Pace {
             shared: self,
             rate: options.rate,
@@ -322,6 +345,9 @@ impl Shared {
             .scrub_regions(options, only, &mut pace, news)
             .and_then(|()| self.scrub_layers(options, only, &mut pace, news));
         if done.is_ok() {
+            if complete && options.percent >= 100 {
+                self.scrub.forget_unseen(only);
+            }
             let mut state = lock(&self.scrub.state);
             state.position = None;
             state.finished_ns = self.env.clock.now_ns();
@@ -341,7 +367,8 @@ impl Shared {
         })
     }
 
-    fn begin(&self, options: &ScrubOptions, only: Option<u32>) -> Result<()> {
+    /// Whether all that is preserved by now is where it will look.
+    fn begin(&self, options: &ScrubOptions, only: Option<u32>) -> Result<bool> {
         let random = self.env.clock.random().context(|| "no random bytes")?;
         let seed = u64::from_le_bytes(random[..8].try_into().expect("eight bytes"));
         let mut state = lock(&self.scrub.state);
@@ -368,9 +395,9 @@ impl Shared {
         self.check_open()?;
         self.healing(ExtentMap::check_sets)?;
         match crate::volume::reclaim::checkpoint(self) {
-            Err(e) if e.kind() == Kind::Damaged => self.heal_map(&e),
-            Err(e) if e.kind() == Kind::NoSpace => Ok(()),
-            done => done,
+            Err(e) if e.kind() == Kind::Damaged => self.heal_map(&e).map(|()| true),
+            Err(e) if e.kind() == Kind::NoSpace => Ok(false),
+            done => done.map(|()| true),
         }
     }
 
@@ -468,6 +495,7 @@ impl Shared {
                             epoch: 0,
                             before: None,
                             grain: g,
+                            seen: 0,
                         });
                     }
                 }
@@ -515,7 +543,7 @@ impl Shared {
                     tracing::warn!(
                         "preserved content of {at} was damaged and is mended from {from}"
                     );
-                    self.scrub.forget(bad.volume, bad.grain, bad.epoch);
+                    self.scrub.forget(bad);
                     lock(&self.scrub.state).mended += 1;
                     return Ok(());
                 }
@@ -535,6 +563,7 @@ impl Shared {
             epoch: bad.epoch,
             before: bad.before,
             grain: bad.grain,
+            seen: 0,
         });
         Ok(())
     }

@@ -36,7 +36,12 @@ fn a_good_store_has_no_findings() {
         assert!(wrong(&audit).is_empty(), "{seed}: {:#?}", audit.findings);
         let before = views(&engine);
         drop(engine);
-        // Killed: what is torn or orphaned is no damage.
+        // Killed or cut from power: what is torn or orphaned is no damage.
+        let (world, index) = (stage.world.fork(seed), stage.index.fork(seed));
+        world.power_cut();
+        index.power_cut(seed);
+        let audit = audit::offline(&env(&world, &index), Share::ALL, seed).unwrap();
+        assert!(wrong(&audit).is_empty(), "{seed}: {:#?}", audit.findings);
         stage.world.kill();
         stage.index.kill(seed);
         let audit = audit::offline(&env(&stage.world, &stage.index), Share::ALL, seed).unwrap();

@@ -179,10 +179,6 @@ impl Compare<'_> {
     }
 
     fn report(self, audit: &mut Audit) {
-        let gone = self
-            .records
-            .keys()
-            .any(|w| matches!(w, Wrong::SegmentGone(_)));
         for (wrong, places) in self.wrong {
             let count = self.records.get(&wrong).copied().unwrap_or(0);
             let (check, why, advice) = match wrong {
@@ -207,8 +203,10 @@ impl Compare<'_> {
                     "bring the file back from a copy of the store; do not rebuild the map",
                 ),
             };
-            audit.map_to_rebuild |=
-                !gone && !self.view.lost && matches!(wrong, Wrong::Missing | Wrong::Other);
+            match wrong {
+                Wrong::Missing | Wrong::Other => audit.map_to_rebuild = true,
+                Wrong::Unknown | Wrong::SegmentGone(_) => audit.keep_map = true,
+            }
             for ((what, name), ranges) in places.0 {
                 audit.findings.push(
                     Finding::new(Severity::Damage, check, what, &name, "damaged")
@@ -218,8 +216,6 @@ impl Compare<'_> {
                 );
             }
         }
-        // A map that knows more than a log with holes is the better of the two.
-        audit.map_to_rebuild &= !gone;
     }
 }
 
@@ -273,7 +269,7 @@ pub fn bitmaps(view: &View, actual: &ExtentMap, audit: &mut Audit) {
         if expect == found {
             continue;
         }
-        audit.map_to_rebuild |= !view.lost;
+        audit.map_to_rebuild = true;
         let Some(volume) = view.catalog.volumes.get(&entry.volume) else {
             continue;
         };

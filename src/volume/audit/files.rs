@@ -178,8 +178,13 @@ pub fn content(
         let lost = overlay.damaged_sums(&held);
         if !lost.is_empty() {
             let name = format!("clones/{}", crate::volume::sums::file_name(id));
+            // A power cut may leave a leaf half written.
+            let severity = match view.unclean {
+                true => Severity::Note,
+                false => Severity::Warning,
+            };
             audit.findings.push(
-                Finding::new(Severity::Warning, "clone", "file", &name, "damaged")
+                Finding::new(severity, "clone", "file", &name, "damaged")
                     .because("checksums of a layer are lost; its content is read unverified")
                     .at(lost.into_iter().map(|run| volume.grain.span(run)))
                     .advise("nothing; they are made again from the content"),
@@ -212,7 +217,9 @@ pub fn content(
                     Finding::new(Severity::Damage, "payload", "clone", &name, "damaged")
                         .because(format!("content of layer {id} does not match its checksum"))
                         .at(bad.clone())
-                        .advise("write these bytes anew, or delete the clone"),
+                        .advise(
+                            "write these bytes anew, whole blocks of them, or delete the clone",
+                        ),
                 );
             }
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::error::{IoContext, Kind, Result};
 use crate::log::keys::Keys;
 use crate::log::record::{Record, RecordType};
-use crate::log::scan::{Event, Scan};
+use crate::log::scan::{Event, Scan, Scanned};
 use crate::log::segment;
 use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap, GrainSet};
@@ -45,6 +45,8 @@ pub struct View {
     pub abandoned: Vec<u32>,
     /// Batches whose records cannot be read were found.
     pub lost: bool,
+    /// The store was not stopped cleanly.
+    pub unclean: bool,
 }
 
 /// Bytes of records that the view's own map keeps apart before it merges them.
@@ -63,6 +65,7 @@ impl View {
             refined: BTreeMap::new(),
             abandoned: Vec::new(),
             lost: false,
+            unclean: false,
         };
         let scan = Scan {
             dir: source.dir,
@@ -89,6 +92,7 @@ impl View {
                         .because(e.chain())
                         .advise(COPY_ASIDE),
                 );
+                view.lost = true;
                 return Ok(view);
             }
             Err(e) => return Err(e),
@@ -172,12 +176,12 @@ pub fn read_payload(dir: &dyn Dir, place: Place, buf: &mut [u8]) -> Result<()> {
         .context(|| format!("cannot read {name} at byte {}", place.offset()))
 }
 
-/// Brings a map that covers the log up to `applied` to the log's end, in memory only. `false` if the
-/// two do not fit together.
+/// Brings a map that covers the log up to `applied` to the log's end, in memory only, unless the log ends
+/// before that.
 ///
 /// # Errors
 /// The system's.
-pub fn catch_up(source: &Source<'_>, map: &ExtentMap, applied: Applied) -> Result<bool> {
+pub fn catch_up(source: &Source<'_>, map: &ExtentMap, applied: Applied) -> Result<Scanned> {
     let scan = Scan {
         dir: source.dir,
         keys: source.keys,
@@ -199,7 +203,7 @@ pub fn catch_up(source: &Source<'_>, map: &ExtentMap, applied: Applied) -> Resul
         Ok(())
     })?;
     if applied.lsn.0 > scanned.tail.lsn {
-        return Ok(false);
+        return Ok(scanned);
     }
     map.checkpoint(Applied {
         store: source.store,
@@ -207,7 +211,7 @@ pub fn catch_up(source: &Source<'_>, map: &ExtentMap, applied: Applied) -> Resul
         segment: scanned.tail.segment,
         offset: scanned.tail.end,
     })?;
-    Ok(true)
+    Ok(scanned)
 }
 
 struct Replay<'a, 's> {
