@@ -174,7 +174,13 @@ fn a_damaged_map_is_made_again_and_is_the_same() {
         .as_ref()
         .and_then(|path| fs::read_to_string(path).ok())
         .map_or(0, |text| text.trim().parse().unwrap());
-    println!("seed {seed}, maps {from}..{}", from + rounds);
+    // With a state file the number is that of the whole campaign.
+    let end = if state.is_some() {
+        rounds
+    } else {
+        from + rounds
+    };
+    println!("seed {seed}, maps {from}..{end}");
     let top = tempfile::tempdir().unwrap();
     let (one, two) = (top.path().join("1"), top.path().join("2"));
     fs::create_dir(&one).unwrap();
@@ -182,7 +188,7 @@ fn a_damaged_map_is_made_again_and_is_the_same() {
     let scene = self::scene(seed, &one);
     let other = self::scene(seed ^ 1, &two);
     let (mut aside, mut noticed) = (0, 0);
-    for n in from..from + rounds {
+    for n in from..end {
         let mut chance = Chance(seed.wrapping_mul(131).wrapping_add(n));
         let dir = top.path().join(format!("run{n}"));
         let map = dir.join("map");
@@ -217,8 +223,14 @@ fn a_damaged_map_is_made_again_and_is_the_same() {
             fs::write(path, (n + 1).to_string()).unwrap();
         }
     }
-    println!("{aside} of {rounds} maps were set aside, {noticed} noticed by the audit");
-    assert!(aside > 0, "no damage mattered");
+    println!(
+        "{aside} of {} maps were set aside, {noticed} noticed by the audit",
+        end.saturating_sub(from)
+    );
+    assert!(
+        aside > 0 || end.saturating_sub(from) < 40,
+        "no damage mattered"
+    );
 }
 
 /// The map of an open store rots under it, with work after its last checkpoint: it is made again while

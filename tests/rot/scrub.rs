@@ -244,3 +244,37 @@ fn a_scrub_goes_on_where_it_was() {
     let refused = engine.scrub(&OPTIONS, &mut |_| {}).unwrap_err();
     assert_eq!(refused.kind(), Kind::Interrupted);
 }
+
+/// What a reader met and a scrub finds readable again is forgotten.
+#[test]
+fn what_passes_is_forgotten() {
+    let (world, _index, engine) = scene();
+    let place = &places(&world, &page(4))[0];
+    rot(&world, place);
+    views(&engine);
+    assert!(!engine.known_damage().is_empty());
+    // The same bit again.
+    rot(&world, place);
+    let some = ScrubOptions {
+        percent: 99,
+        ..OPTIONS
+    };
+    engine.scrub(&some, &mut |_| {}).unwrap();
+    assert!(!engine.known_damage().is_empty(), "not all was read");
+    let done = engine.scrub(&OPTIONS, &mut |_| {}).unwrap();
+    assert_eq!(done.found, 0);
+    assert_eq!(engine.known_damage(), []);
+}
+
+/// A record that is mended says nothing of another one of the same block.
+#[test]
+fn what_is_mended_does_not_hide_what_is_not() {
+    let (world, _index, engine) = scene();
+    rot(&world, &places(&world, &page(30))[0]);
+    rot(&world, &places(&world, &page(3))[1]);
+    let done = engine.scrub(&OPTIONS, &mut |_| {}).unwrap();
+    assert_eq!((done.found, done.mended), (2, 1));
+    let damage = engine.known_damage();
+    let named: Vec<&str> = damage.iter().map(|f| f.name.as_str()).collect();
+    assert_eq!(named, ["a@q"]);
+}
