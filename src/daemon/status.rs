@@ -60,6 +60,7 @@ pub fn nothing(place: &Place) -> Report {
         mountpoint: place.mountpoint.as_deref().map(shown),
         log_bytes: None,
         thin: None,
+        scrub: ScrubRow::default(),
         volumes: Vec::new(),
         stuck: Vec::new(),
         unanswered: false,

@@ -48,8 +48,8 @@ mod space;
 mod sums;
 mod thin;
 mod tracking;
-mod vigil;
 mod verify;
+mod vigil;
 
 pub use crate::volume::clones::OpenClone;
 pub use crate::volume::diffs::{DIFF_RUNS_MAX, Diff, DiffPoint};
