@@ -29,7 +29,7 @@ impl Share {
     /// Each of them.
     pub const ALL: Share = Share(100);
 
-    /// As [`Share::takes`], for a grain of a layer.
+    /// As `Share::takes`, for a grain of a layer.
     pub fn takes_grain(self, seed: u64, layer: u32, grain: u64) -> bool {
         let block = grain as u32;
         let segment = layer ^ (grain >> 32) as u32;
