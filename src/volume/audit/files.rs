@@ -19,7 +19,7 @@ use crate::volume::sums::Sums;
 use crate::volume::verify::Share;
 
 /// Names that belong into a store.
-const KNOWN: [&str; 11] = [
+const KNOWN: [&str; 13] = [
     "lock",
     "superblock",
     "log",
@@ -28,6 +28,8 @@ const KNOWN: [&str; 11] = [
     "ballast",
     "scrub",
     "scrub.new",
+    "home",
+    "home.new",
     "control.sock",
     "daemon.log",
     "daemon.log.old",
