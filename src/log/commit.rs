@@ -900,6 +900,11 @@ impl Writer {
             Err(_) if planted(Bug::SyncRetried) => file.sync_data(),
             synced => synced,
         };
+        if synced.is_ok() && end - self.tail.end > AHEAD_BATCH_MAX {
+            // So much is seldom read soon, and memory that was in use a moment ago is written to
+            // faster than new memory. It is no matter if it stays.
+            let _ = file.drop_cache();
+        }
         synced.map_err(|e| {
             // Even when space ran out: what a failed sync covered is lost, so this is no NoSpace
             // that could be tried again in the same place.
