@@ -16,7 +16,7 @@
 //!   batch, whatever the segment's size. A new segment has its own before its head is written.
 //!
 //! Where no new segment can be made, records that are no writer's go on in the last one, within its
-//! reserve, also after a start ([`Writer::go_on`]); then into the spare. So they need nothing from a
+//! reserve, also after a start (`Writer::go_on`); then into the spare. So they need nothing from a
 //! filesystem that has nothing to give, or that others empty as soon as it has.
 //!
 //! Locks: `queue` (never held over I/O or the sink), then `writer` (held by the leader alone).
