@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use stillframe::error::Kind;
 use stillframe::log::superblock::SuperblockFile;
 use stillframe::map::memory::MemoryIndexHome;
-use stillframe::sys::disk::Dir;
+use stillframe::sys::disk::{Dir, Disk};
 use stillframe::sys::sim::{Op, SimWorld};
 use stillframe::units::Name;
 use stillframe::volume::{
@@ -129,6 +129,21 @@ impl Stage {
     fn rot(&self, from: u64, to: u64) {
         let bytes = vec![0xee; (to - from) as usize];
         self.world.poke(&self.newest_segment(), from, &bytes);
+    }
+
+    /// No space, and what the log had written ahead and set aside is gone.
+    fn nothing_held_back(&self) {
+        let segment = self.newest_segment();
+        let bytes = self.world.peek(&segment).unwrap();
+        let used = bytes.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+        let disk = self.world.disk(&segment).unwrap();
+        disk.set_size(used.next_multiple_of(4096) as u64).unwrap();
+        disk.sync_data().unwrap();
+        let dir = self.world.dir("store/log");
+        dir.remove("spare").ok();
+        dir.sync().unwrap();
+        let used = self.world.allocated("store");
+        self.world.set_space("store", Some(used));
     }
 
     fn state(&self, snapshot: &str) -> SnapshotState {
@@ -388,7 +403,6 @@ fn a_growing_clone_that_cannot_be_put_right_does_not_keep_the_store_from_opening
         drop(clone);
         // As a write that was cut off leaves it.
         let disk = s.world.disk("store/clones/000001.data").unwrap();
-        use stillframe::sys::disk::Disk;
         disk.write_all_at(12_000, &[&[7; 1000]]).unwrap();
         s.kill();
         s.world.fail_nth(Op::Punch, n, EIO);
@@ -472,8 +486,8 @@ fn losses_are_noted_on_a_full_disk_however_many_have_failed() {
     s.kill();
     s.index.lose();
     s.rot(batches[before], batches[before + 2]);
-    s.world.set_space("store", Some(s.world.allocated("store")));
     for _ in 0..2 {
+        s.nothing_held_back();
         s.reopen();
         let clones = s.engine.clones(&name("v")).unwrap();
         assert_eq!(clones.len(), 150);

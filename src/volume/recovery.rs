@@ -16,7 +16,7 @@ use crate::log::keys::Keys;
 use crate::log::record::{Record, RecordType};
 use crate::log::room::settle;
 use crate::log::scan::{Event, Scan, Scanned};
-use crate::log::segment::{self, SEGMENT_MAX, SEGMENT_MIN};
+use crate::log::segment::{self, BATCHES_AT, SEGMENT_MAX, SEGMENT_MIN};
 use crate::log::superblock::{INCOMPAT_SUMS, Superblock, SuperblockFile};
 use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
@@ -590,6 +590,9 @@ pub fn read_catalog(
 
 /// Gives back what was written ahead in closed segments. The last one keeps it: if there is no space
 /// for another, the log goes on there.
+///
+/// The name of a last one without a batch may not be durable: when a power cut takes it, the end of
+/// the one before is known by its size alone, so that is made durable.
 fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
     for &(number, end) in scanned.closed.iter().filter(|(number, _)| *number > 0) {
         let context = || format!("cannot cut segment {number} to its end");
@@ -604,6 +607,9 @@ fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
                 }
                 done => done.context(context)?,
             }
+        }
+        if scanned.tail.end == BATCHES_AT {
+            disk.sync_data().context(context)?;
         }
     }
     match scanned.tail.segment {
