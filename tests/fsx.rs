@@ -30,9 +30,12 @@ const EVERY: Duration = Duration::from_secs(1);
 const SNAPSHOTS_MAX: usize = 10;
 
 /// Everything the exerciser can do to a file. Without a sync after each write through a mapping, which
-/// would be most of the time; freezing writes those pages back.
+/// would be most of the time; freezing writes those pages back. Without operations on nothing: when it
+/// allocates no bytes, which every filesystem refuses, it takes that for a filesystem that cannot.
 const ON_A_FILE: &str = "flen = 1048576
 nomsyncafterwrite = true
+[opsize]
+min = 1
 [weights]
 close_open = 1
 invalidate = 1
