@@ -121,6 +121,7 @@ impl Run {
     }
 
     pub fn settle(&mut self, under_way: Option<UnderWay>, power: bool) {
+        self.learn_failures();
         for model in &mut self.volumes {
             model.crashed();
         }

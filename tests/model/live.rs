@@ -87,13 +87,16 @@ impl Run {
         let done = self.volume(v).zero(offset, len, how);
         let model = &mut self.volumes[v];
         // Where nothing was ever written there may be an intent all the same, and a page that is zeroed
-        // may count as changed though it was a hole; but not all holes of a large image.
+        // may count as changed though it was a hole; but of a large image no holes other than those
+        // behind data in the same piece of 1 MiB, which is zeroed at once.
         match len > crate::MIB {
             true => model.note_pages([]),
             false => model.note_pages(pages(offset, len)),
         }
         for &(start, end) in &parts {
             model.touch(start, end - start);
+            let piece_end = end.next_multiple_of(crate::MIB).min(offset + len);
+            model.note_pages(pages(start, piece_end - start));
         }
         model.touched = true;
         done?;

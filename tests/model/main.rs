@@ -235,6 +235,7 @@ impl Run {
                 panic!("seed {}: operation {choice}: {e:?}; {used} used", self.seed)
             });
         }
+        self.learn_failures();
         self.fill_or_free();
     }
 

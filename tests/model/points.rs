@@ -2,6 +2,7 @@
 
 use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
+use stillframe::volume::SnapshotState;
 
 use crate::sim::compare_snapshot;
 use crate::state::Volume;
@@ -124,6 +125,24 @@ impl Run {
     /// Whether snapshots of a volume may have failed.
     pub fn may_fail(&self, v: usize) -> bool {
         v == 1 && self.ever_full
+    }
+
+    /// What failed for want of space: from then on nothing is preserved for it.
+    pub fn learn_failures(&mut self) {
+        for v in 0..self.volumes.len() {
+            if !self.may_fail(v) {
+                continue;
+            }
+            let listed = self.engine.snapshots(&self.volumes[v].name);
+            let model = &mut self.volumes[v];
+            for info in listed.expect("it is there") {
+                // One that is not known yet was being taken when the daemon died.
+                if let Some(known) = model.snapshots.get_mut(info.name.as_str()) {
+                    known.failed |= info.state != SnapshotState::Active;
+                }
+            }
+            model.note_region();
+        }
     }
 
     /// A snapshot on hold stays, also over a restart, until it is released.

@@ -118,11 +118,21 @@ impl Volume {
     }
 
     pub fn note_pages(&mut self, touched: impl IntoIterator<Item = u64>) {
-        let newest = |points: &BTreeMap<String, Point>| points.values().map(|p| p.instant).max();
-        let by_region = newest(&self.bookmarks) > newest(&self.snapshots);
         let mut last = self.intervals.last_entry().expect("there is always one");
         last.get_mut().pages.extend(touched);
-        last.get_mut().by_region |= by_region;
+        self.note_region();
+    }
+
+    /// Notes that what was written since the newest instant is only known by region, if so: nothing is
+    /// preserved for snapshots that have failed.
+    pub fn note_region(&mut self) {
+        let newest = |points: &BTreeMap<String, Point>| {
+            let good = points.values().filter(|p| !p.failed);
+            good.map(|p| p.instant).max()
+        };
+        let by_region = newest(&self.bookmarks) > newest(&self.snapshots);
+        let mut last = self.intervals.last_entry().expect("there is always one");
+        last.get_mut().by_region |= by_region && !last.get().pages.is_empty();
     }
 
     /// The live volume's content becomes that of a point; a new interval begins.
