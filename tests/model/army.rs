@@ -14,6 +14,7 @@
 //! campaign over several runs keeps which seeds are done, `STILLFRAME_ARMY_SEED` repeats one seed.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use stillframe::error::{Kind, Result};
 use stillframe::sys::disk::{Dir, Disk};
@@ -185,19 +186,27 @@ impl Run {
     }
 }
 
+/// Begun by this process.
+static STATES: AtomicU64 = AtomicU64::new(0);
+
 /// Says where a state is that did not hold.
 pub struct Here(pub String);
 
 impl Drop for Here {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the army: {}", self.0);
+            let states = STATES.load(Ordering::Relaxed);
+            eprintln!(
+                "the army: {}, in the first {states} states of this run",
+                self.0
+            );
         }
     }
 }
 
 /// One crash state: resolved, recovered, compared.
 pub fn state(moment: &Run, interrupted: bool, seed: u64, counts: &mut Counts) -> Run {
+    STATES.fetch_add(1, Ordering::Relaxed);
     let mut run = moment.fork(seed);
     // A device that went away under a living daemon took what was not synced there along.
     let device_lost = moment.faulty;

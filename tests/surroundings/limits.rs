@@ -22,6 +22,9 @@ fn limited(rig: &Rig, what: &str, more: &[&str]) -> std::process::Child {
         .args(more)
         .arg("--store")
         .arg(rig.store());
+    // Printing a backtrace of a failed allocation allocates; when that fails, too, the runtime waits for
+    // itself for ever.
+    command.env_remove("RUST_BACKTRACE");
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -158,6 +161,17 @@ fn little_memory_is_a_kill_at_worst() {
         );
         expected = found;
         assert!(fs::read(rig.snapshot("vm", "first")).unwrap() == content("disk.img"));
+        // The map that could not be opened for lack of memory was moved aside and made again.
+        for entry in fs::read_dir(rig.store()).unwrap() {
+            let entry = entry.unwrap();
+            if entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("map.damaged-")
+            {
+                fs::remove_dir_all(entry.path()).unwrap();
+            }
+        }
         rig.umount();
     }
     println!("{served_by} of {rounds} served, {died} ended for lack of memory");
