@@ -68,6 +68,7 @@ fn finder_of(bug: Bug) -> Finder {
             "tree::tests::faults::preserved_bytes_that_rot",
         ),
         Bug::SyncRetried => finder("stillframe", "log::tests::after_a_failed_sync"),
+        Bug::LinkFirst => finder("regressions", "segments_that_a_power_cut_brings_back"),
         Bug::HeadKept => finder("stillframe", "log::tests::without_space_for_a_segment"),
         Bug::SyncErrorForgotten => finder("stillframe", "tree::tests::faults::after_a_failed_sync"),
         Bug::AllocatedOnly => finder("bookmarks", "on_a_full_disk_a_bookmark_is_never_wrong"),
@@ -93,7 +94,7 @@ fn programs() -> BTreeMap<String, PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
     build.args(["test", "--features", "planted", "--no-run", "--lib"]);
-    for name in ["model", "bookmarks", "revert", "cli"] {
+    for name in ["model", "bookmarks", "revert", "cli", "regressions"] {
         build.args(["--test", name]);
     }
     build.arg("--message-format=json").stderr(Stdio::inherit());

@@ -14,7 +14,7 @@ use stillframe::sys::disk::{Dir, Disk};
 use stillframe::sys::sim::{Fault, Op, SimWorld, What};
 use stillframe::units::Name;
 use stillframe::volume::{
-    Engine, Environment, OnFull, Settings, Sources, VolumeOptions, VolumeState,
+    Engine, Environment, OnFull, Settings, SnapshotState, Sources, VolumeOptions, VolumeState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -521,4 +521,86 @@ fn a_segment_without_a_batch_that_a_power_cut_takes_is_no_loss() {
     }
     println!("{nameless} names");
     assert!(nameless > 5, "{nameless}");
+}
+
+/// Several dead segments go at once. A power cut may take the names of later ones and bring an earlier one
+/// back: its end is known all the same, so nothing is missing, and no snapshot fails.
+#[test]
+fn segments_that_a_power_cut_brings_back_have_an_end() {
+    /// Stops the maintenance at an operation; what was there before and is there after a power cut.
+    fn life(seed: u64, dies_at: u64) -> (Vec<String>, Vec<String>, bool) {
+        let (w, i, e) = fresh(seed);
+        e.close().unwrap();
+        drop(e);
+        let often = Settings {
+            checkpoint_bytes: 64 << 10,
+            ..settings()
+        };
+        let e = Engine::open(env(&w, &i), often).unwrap();
+        let v = e.volume(&n("v")).unwrap();
+        let fill = |byte| {
+            for at in (0..4 * MIB).step_by(256 << 10) {
+                v.write_at(at, &[byte; 256 << 10], false).unwrap();
+            }
+        };
+        fill(b'A');
+        // Of another volume, older than all that goes.
+        w.add_disk("src/w", MIB);
+        e.add_volume(&n("w"), "src/w", VolumeOptions::default())
+            .unwrap();
+        e.take_snapshots(&[(n("w"), n("keep"))]).unwrap();
+        e.take_snapshots(&[(n("v"), n("old"))]).unwrap();
+        fill(b'B');
+        e.take_snapshots(&[(n("v"), n("s"))]).unwrap();
+        v.write_at(0, &[b'C'; 4096], false).unwrap();
+        v.flush().unwrap();
+        let segments = || {
+            let mut names = w.dir("store/log").list().unwrap();
+            names.sort();
+            names
+        };
+        let before = segments();
+        e.delete_snapshot(&n("v"), &n("old")).unwrap();
+        w.die_at(dies_at);
+        while e.maintain().is_ok_and(|worked| worked) {}
+        let ended = !w.is_dead();
+        drop((v, e));
+        w.power_cut();
+        i.lose();
+        let after = segments();
+        let e = reopen(&w, &i).unwrap();
+        assert_eq!(
+            read(&e, "s").unwrap(),
+            b'B',
+            "seed {seed}, died at {dies_at}"
+        );
+        let keep = e.snapshot(&n("w"), &n("keep")).unwrap().state;
+        assert_eq!(
+            keep,
+            SnapshotState::Active,
+            "seed {seed}, died at {dies_at}"
+        );
+        (before, after, ended)
+    }
+
+    let (mut lives, mut returned) = (0, 0);
+    for seed in 0..24 {
+        let (before, after, ended) = life(seed, u64::MAX);
+        assert!(ended);
+        let mut dead = before;
+        dead.retain(|name| name.ends_with(".seg") && !after.contains(name));
+        assert!(dead.len() > 2, "several go: {dead:?}");
+        for dies_at in 1.. {
+            let (_, after, ended) = life(seed, dies_at);
+            lives += 1;
+            let first_there = dead.iter().position(|name| after.contains(name));
+            let last_gone = dead.iter().rposition(|name| !after.contains(name));
+            returned += usize::from(first_there.zip(last_gone).is_some_and(|(a, b)| a < b));
+            if ended {
+                break;
+            }
+        }
+    }
+    println!("{lives} lives, {returned} with an earlier one back and a later one gone");
+    assert!(returned > 5, "{returned} of {lives}");
 }

@@ -472,16 +472,32 @@ impl Log {
 
     /// Removes dead segments. None of them may be the current one.
     ///
-    /// The segment before each is cut to its end first: the link that says where it ends goes with
-    /// the segment.
+    /// The segment before each is cut to its end first, durably: the link that says where it ends goes
+    /// with the segment. So is one that is to be removed itself, and what a link passes over is gone
+    /// durably, too: a power cut may take a later name and bring an earlier one back.
     ///
     /// # Errors
     /// The system's error.
     pub fn remove_segments(&self, segments: &[u32]) -> Result<()> {
         let current = lock(&self.writer).tail.segment;
+        let sync = || {
+            let done = self.config.dir.sync();
+            done.context(|| "cannot sync the thin target's directory")
+        };
+        assert!(
+            segments.iter().all(|&number| number < current),
+            "only closed segments are removed"
+        );
+        if !planted(Bug::LinkFirst) {
+            for &number in segments {
+                self.cut_predecessor(number)?;
+            }
+            sync()?;
+        }
         for &number in segments {
-            assert!(number < current, "only closed segments are removed");
-            self.cut_predecessor(number)?;
+            if planted(Bug::LinkFirst) {
+                self.cut_predecessor(number)?;
+            }
             self.readers
                 .write()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -492,10 +508,7 @@ impl Log {
                 .context(|| format!("cannot remove segment {number} of the thin target"))?;
             point("segment removed");
         }
-        self.config
-            .dir
-            .sync()
-            .context(|| "cannot sync the thin target's directory")
+        sync()
     }
 
     /// Cuts the segment before to its end, and removes what was abandoned between the two.

@@ -63,6 +63,8 @@ pub enum Bug {
     OverlayUnsynced,
     /// The log goes on in a segment while the head of a successor that was given up may come back.
     HeadKept,
+    /// Of several segments that go at once, each is cut to its end just before the link that says it goes.
+    LinkFirst,
 }
 
 /// Whether this process has that fault.
@@ -150,7 +152,7 @@ pub const POINTS: [&str; 21] = [
 
 /// Every fault there is.
 #[cfg(feature = "planted")]
-pub const ALL: [Bug; 27] = [
+pub const ALL: [Bug; 28] = [
     Bug::UndoUnsynced,
     Bug::IndexUnsynced,
     Bug::SumsIgnored,
@@ -178,4 +180,5 @@ pub const ALL: [Bug; 27] = [
     Bug::ShrinkUnpreserved,
     Bug::OverlayUnsynced,
     Bug::HeadKept,
+    Bug::LinkFirst,
 ];
