@@ -10,9 +10,10 @@
 #[path = "rig/mod.rs"]
 mod rig;
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rig::{Rig, can_mount, eventually};
 use serde_json::Value;
@@ -211,4 +212,253 @@ fn a_mounted_store_is_checked_and_scrubbed_by_its_daemon() {
     let (code, _) = json(&rig, &["scrub", "--rate", "0"]);
     assert_eq!(code, 0);
     rig.umount();
+}
+
+/// What is in the files of a store but its map, which sled tidies, and its lock.
+fn content(rig: &Rig) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut all = BTreeMap::new();
+    let mut dirs = vec![rig.store()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.ends_with("map") || path.ends_with("lock") {
+                continue;
+            }
+            match path.is_dir() {
+                true => dirs.push(path),
+                false => drop(all.insert(path.clone(), fs::read(path).unwrap())),
+            }
+        }
+    }
+    all
+}
+
+/// Starts of the batches in a segment.
+fn batches(segment: &Path) -> Vec<u64> {
+    let bytes = fs::read(segment).unwrap();
+    let blocks = (PAGE..bytes.len()).step_by(PAGE);
+    let starts = blocks.filter(|&at| bytes[at..].starts_with(b"SFbatch1"));
+    starts.map(|at| at as u64).collect()
+}
+
+/// With the end of the log, or all of it, gone, neither a check nor a start makes an empty store of what
+/// is left, nothing is called repaired, and with the log back all is there.
+#[test]
+fn a_store_that_lost_its_log_is_left_alone() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.ok(&["clone", "create", "vm@a", "c"]);
+    let clone = rig.mnt().join("vm/clones/c.img");
+    let clone = OpenOptions::new().write(true).open(clone).unwrap();
+    clone.write_all_at(&page(7, 7), 0).unwrap();
+    clone.sync_data().unwrap();
+    drop(clone);
+    rig.umount();
+    let log = rig.store().join("log");
+    let kept = rig.at("kept");
+    let kept = || kept.clone();
+    type Damage<'a> = (&'a str, bool, Box<dyn Fn() + 'a>);
+    let damages: [Damage<'_>; 4] = [
+        (
+            "the end",
+            true,
+            Box::new(|| {
+                let segment = log.join("000001.seg");
+                fs::copy(&segment, kept()).unwrap();
+                let starts = batches(&segment);
+                let file = OpenOptions::new().write(true).open(&segment).unwrap();
+                file.set_len(starts[starts.len() / 2]).unwrap();
+            }),
+        ),
+        (
+            "all segments",
+            false,
+            Box::new(|| {
+                fs::rename(&log, kept()).unwrap();
+                fs::create_dir(&log).unwrap();
+            }),
+        ),
+        (
+            "the directory",
+            false,
+            Box::new(|| fs::rename(&log, kept()).unwrap()),
+        ),
+        (
+            "a link",
+            false,
+            Box::new(|| {
+                fs::rename(&log, kept()).unwrap();
+                std::os::unix::fs::symlink(kept(), &log).unwrap();
+            }),
+        ),
+    ];
+    for (what, opens, damage) in damages {
+        damage();
+        let before = content(&rig);
+        for args in [&["check"][..], &["check", "--read-data", "--repair"]] {
+            let (code, told) = json(&rig, args);
+            assert_eq!(code, 7, "{what}: {told}");
+            assert_eq!(told["report"], Value::Null, "{what}: it was opened");
+            assert_eq!(of(&told, "log")["state"], "lost", "{what}: {told}");
+            let all = told["findings"].as_array().unwrap();
+            assert!(all.iter().all(|f| f["repaired"] == false), "{what}: {told}");
+            // What was written to a clone is nobody's litter.
+            assert!(all.iter().all(|f| f["state"] != "orphan"), "{what}: {told}");
+        }
+        let refused = rig.run(&["check", "--rebuild-map"]);
+        assert_eq!(refused.status.code(), Some(7), "{what}: {refused:?}");
+        if !opens {
+            let refused = rig.run(&["volume", "list"]);
+            assert!(!refused.status.success(), "{what}: {refused:?}");
+        }
+        assert!(content(&rig) == before, "{what}: something was written");
+        // Back again.
+        match fs::symlink_metadata(&log) {
+            Ok(m) if m.is_symlink() => fs::remove_file(&log).unwrap(),
+            Ok(_) if kept().is_dir() => fs::remove_dir(&log).unwrap(),
+            _ => {}
+        }
+        match kept().is_dir() {
+            true => fs::rename(kept(), &log).unwrap(),
+            false => fs::rename(kept(), log.join("000001.seg")).unwrap(),
+        }
+        let again = rig.run(&["check", "--read-data"]);
+        assert_eq!(again.status.code(), Some(0), "{what}: {again:?}");
+    }
+}
+
+/// What has no copy is never called repaired, whichever blocks a sample takes.
+#[test]
+fn a_sample_does_not_repair_by_looking_away() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.umount();
+    rot(&rig, &page(0, 5));
+    let mut found = 0;
+    for _ in 0..16 {
+        let (code, told) = json(&rig, &["check", "--sample", "50%", "--repair"]);
+        assert!(code == 0 || code == 7, "{code}: {told}");
+        found += u32::from(code == 7);
+    }
+    assert!(found > 0);
+}
+
+#[test]
+fn a_rebuilt_map_is_judged_anew() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.umount();
+    fs::remove_dir_all(rig.store().join("map")).unwrap();
+    fs::write(rig.store().join("map"), "no directory").unwrap();
+    let (code, told) = json(&rig, &["check", "--rebuild-map"]);
+    assert_eq!((code, &told["map_rebuilt"]), (10, &true.into()), "{told}");
+    assert_eq!(of(&told, "map")["repaired"], true);
+    assert_eq!(json(&rig, &["check"]).0, 0);
+}
+
+/// Links, directories and strangers among the files of a store: named, each for itself, in valid JSON.
+#[test]
+fn strangers_are_named_and_nothing_else_suffers() {
+    use std::os::unix::ffi::OsStrExt;
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.ok(&["clone", "create", "vm@a", "c"]);
+    let clone = rig.mnt().join("vm/clones/c.img");
+    let clone = OpenOptions::new().write(true).open(clone).unwrap();
+    clone.write_all_at(&page(7, 7), 0).unwrap();
+    clone.sync_data().unwrap();
+    drop(clone);
+    rig.umount();
+    let clones = rig.store().join("clones");
+    let odd = std::ffi::OsStr::from_bytes(b"\xff\n\"\x1b[31m");
+    for dir in ["", "log", "clones"] {
+        fs::write(rig.store().join(dir).join(odd), "").unwrap();
+    }
+    fs::write(clones.join("000009.data.lost-1"), "").unwrap();
+    let (code, told) = json(&rig, &["check"]);
+    assert_eq!(code, 0, "{told}");
+    let all = told["findings"].as_array().unwrap();
+    let states: Vec<&str> = all.iter().map(|f| f["state"].as_str().unwrap()).collect();
+    assert_eq!(
+        states,
+        ["foreign", "foreign", "orphan", "foreign"],
+        "{told}"
+    );
+    let text = rig.ok(&["check"]);
+    assert!(
+        text.lines()
+            .all(|line| line.chars().all(|c| !c.is_control())),
+        "{text}"
+    );
+
+    // The layer's file behind a link: it is not followed, and all else is looked at.
+    for name in ["000001.data", "000001.sums"] {
+        let (file, aside) = (clones.join(name), rig.at("aside"));
+        fs::rename(&file, &aside).unwrap();
+        std::os::unix::fs::symlink(&aside, &file).unwrap();
+        let (code, told) = json(&rig, &["check", "--read-data"]);
+        assert_eq!(code, 7, "{told}");
+        let named = of(&told, "clone");
+        assert_eq!(named["name"], format!("clones/{name}"), "{told}");
+        assert!(told["grains_read"].as_u64().unwrap() >= PAGES, "{told}");
+        fs::remove_file(&file).unwrap();
+        fs::rename(&aside, &file).unwrap();
+        assert_eq!(json(&rig, &["check", "--read-data"]).0, 0);
+    }
+}
+
+#[test]
+fn a_store_of_a_newer_version_is_refused_with_the_code_for_it() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.umount();
+    let path = rig.store().join("superblock");
+    let superblock = OpenOptions::new().write(true).open(path).unwrap();
+    for slot in [0, 65536] {
+        let newer = [9u32.to_le_bytes(), (!9u32).to_le_bytes()].concat();
+        superblock.write_all_at(&newer, slot + 8).unwrap();
+    }
+    for args in [
+        &["check"][..],
+        &["check", "--repair"],
+        &["check", "--rebuild-map"],
+    ] {
+        let out = rig.run(args);
+        assert_eq!(out.status.code(), Some(7), "{args:?} {out:?}");
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(
+            said.contains("format version 9") && said.lines().count() == 1,
+            "{said}"
+        );
+    }
+}
+
+/// As other commands, they wait for each other.
+#[test]
+fn checks_wait_for_each_other() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.umount();
+    let start = |_| {
+        let mut command = rig.command(&["check", "--read-data"]);
+        let quiet = command.stdout(std::process::Stdio::null());
+        quiet.stderr(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let all: Vec<_> = (0..4).map(start).collect();
+    for child in all {
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(0), "{out:?}");
+    }
 }

@@ -4,13 +4,16 @@
 //! opened as a start would, and its sources are looked at. If something is wrong it is left alone,
 //! unless `--repair` was given: then what is certain is mended (the extent map made again, torn and
 //! orphaned files removed, damaged content overwritten from a copy with the right checksum), and the
-//! store is audited once more, so that what is called repaired is. A mounted store is audited by its
-//! daemon.
+//! store is audited once more, so that what is called repaired is. Where the end of the log is lost it is
+//! not opened in any case: a start would go on from what is left, and that is not for a check to decide.
+//! A mounted store is audited by its daemon.
 //!
 //! Exit codes: 0 nothing is wrong, 10 something was and all of it is repaired, 3 a source could not be
 //! looked at, 7 something is wrong.
 
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde::Serialize;
@@ -83,12 +86,23 @@ impl Outcome {
 /// `Locked` while another command has the store, and with `--rebuild-map` while a daemon has; `Damaged`
 /// for a store without a usable superblock.
 pub fn run(args: &CheckArgs, at: &Path) -> Result<u8> {
-    let outcome = match store::hold(at, false) {
-        Err(e) if e.kind() == Kind::Locked && !args.rebuild_map => match online(args, at)? {
-            Some(outcome) => outcome,
-            None => return Err(e),
-        },
-        held => offline(args, at, held?)?,
+    let end = Instant::now() + work::PATIENCE;
+    let outcome = loop {
+        match store::hold(at, false) {
+            Err(e) if e.kind() == Kind::Locked => {
+                if !args.rebuild_map
+                    && let Some(outcome) = online(args, at)?
+                {
+                    break outcome;
+                }
+                // Nobody answers for a daemon that is about to start or stop, and for a command.
+                if Instant::now() >= end || (args.rebuild_map && client::connect(at)?.is_some()) {
+                    return Err(e);
+                }
+                thread::sleep(Duration::from_millis(50));
+            }
+            held => break offline(args, at, held?)?,
+        }
     };
     let code = verdict(&outcome.findings);
     if args.json {
@@ -139,21 +153,21 @@ fn seed() -> u64 {
 fn offline(args: &CheckArgs, at: &Path, held: Held) -> Result<Outcome> {
     let _guard = interrupt::guard();
     let share = Share(percent(args));
-    let first = audit::offline(&held.environment(), share, seed())?;
+    let seed = seed();
+    let first = audited(&held, share, seed)?;
     interrupt::check()?;
-    let gone = first.findings.iter().any(is_log_gone);
-    if args.rebuild_map && gone {
+    if args.rebuild_map && first.keep_map {
         return Err(Error::new(
             Kind::Damaged,
-            "a part of the log is gone that the extent map still knows of; bring it back before \
-             the map is rebuilt",
+            "a part of the log is lost that the extent map may still know of, so the map is not \
+             dropped; bring the log back from a copy of the store, 'stillframe check' names what is lost",
         ));
     }
     let wrong = first
         .findings
         .iter()
         .any(|f| is_wrong(f) && f.check != "state");
-    if wrong && !args.repair && !args.rebuild_map {
+    if wrong && (first.end_lost || !(args.repair || args.rebuild_map)) {
         return Ok(Outcome::new("offline", first));
     }
     let rebuild = args.rebuild_map || (args.repair && first.map_to_rebuild);
@@ -165,7 +179,8 @@ fn offline(args: &CheckArgs, at: &Path, held: Held) -> Result<Outcome> {
         mountpoint: None,
     };
     let store = held.open()?;
-    let mended = match args.repair && first.findings.iter().any(|f| f.check == "payload") {
+    let scrub = args.repair && first.findings.iter().any(|f| f.check == "payload");
+    let mended = match scrub {
         true => {
             let options = ScrubOptions {
                 volume: None,
@@ -180,19 +195,12 @@ fn offline(args: &CheckArgs, at: &Path, held: Held) -> Result<Outcome> {
     };
     let report = status::report(store.engine(), &place);
     let report = work::finish(store, mended.map(|()| report))?;
-    let findings = if wrong && args.repair {
-        let held = store::hold(at, false)?;
-        let second = audit::offline(&held.environment(), share, seed())?;
-        let left = |f: &Finding| second.findings.iter().any(|s| same(f, s));
-        let mut all: Vec<Finding> = first.findings.clone();
-        for finding in all.iter_mut().filter(|f| f.severity != Severity::Note) {
-            finding.repaired = !left(finding);
-        }
-        let new = second.findings.iter();
-        let new = new.filter(|s| !first.findings.iter().any(|f| same(f, s)));
-        let new: Vec<Finding> = new.cloned().collect();
-        all.extend(new);
-        all
+    let findings = if rebuild || (wrong && args.repair) {
+        // What was read before is read again, and all of it where all of it was scrubbed.
+        let share = if scrub { Share::ALL } else { share };
+        let held = hold_again(at)?;
+        let second = audited(&held, share, seed)?;
+        compared(&first, second.findings, rebuild)
     } else {
         first.findings.clone()
     };
@@ -204,16 +212,97 @@ fn offline(args: &CheckArgs, at: &Path, held: Held) -> Result<Outcome> {
     Ok(outcome)
 }
 
+/// Another command may have it for a moment.
+fn hold_again(at: &Path) -> Result<Held> {
+    let end = Instant::now() + work::PATIENCE;
+    loop {
+        match store::hold(at, false) {
+            Err(e) if e.kind() == Kind::Locked && Instant::now() < end => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            held => return held,
+        }
+    }
+}
+
+fn audited(held: &Held, share: Share, seed: u64) -> Result<Audit> {
+    audit::offline(&held.environment(), share, seed).map_err(|e| match e.kind() {
+        // As when it is opened.
+        Kind::Unsupported => Error::new(
+            Kind::Damaged,
+            format!("{}; use the version that wrote the store", e.chain()),
+        ),
+        _ => e,
+    })
+}
+
+/// What was found before a repair and what is found after it, each once: what is gone is repaired if it
+/// was mended, and stands as it was if it only cannot be seen any more.
+fn compared(first: &Audit, after: Vec<Finding>, rebuilt: bool) -> Vec<Finding> {
+    let mut all = Vec::new();
+    for found in first.findings.iter().filter(|f| is_wrong(f)) {
+        let left = after.iter().filter(|f| same(found, f));
+        let left: Vec<Bytes> = left.flat_map(|f| f.ranges.clone()).collect();
+        let mut gone = found.clone();
+        if after.iter().any(|f| same(found, f)) {
+            // Of some of its bytes it may be gone.
+            gone.ranges = without(&found.ranges, &left);
+            if gone.ranges.is_empty() {
+                continue;
+            }
+        }
+        gone.repaired = match found.check.as_str() {
+            _ if found.severity == Severity::Warning => true,
+            "map" | "bitmap" => rebuilt,
+            // Of what has failed meanwhile nothing is read any more.
+            "payload" => !first.keep_map,
+            _ => false,
+        };
+        if gone.repaired || left.is_empty() {
+            all.push(gone);
+        }
+    }
+    all.extend(after);
+    all
+}
+
+/// The parts of `all` that are in none of `taken`.
+fn without(all: &[Bytes], taken: &[Bytes]) -> Vec<Bytes> {
+    let mut taken: Vec<(u64, u64)> = taken
+        .iter()
+        .map(|t| (t.start, t.start + t.length))
+        .collect();
+    taken.sort_unstable();
+    // Disjoint, so that their ends ascend, too.
+    taken.dedup_by(|next, last| {
+        let joins = next.0 <= last.1;
+        if joins {
+            last.1 = last.1.max(next.1);
+        }
+        joins
+    });
+    let mut rest = Vec::new();
+    let mut push = |start: u64, end: u64| {
+        if start < end {
+            let length = end - start;
+            rest.push(Bytes { start, length });
+        }
+    };
+    for run in all {
+        let (mut at, end) = (run.start, run.start + run.length);
+        let first = taken.partition_point(|&(_, end)| end <= at);
+        for &(from, to) in taken[first..].iter().take_while(|&&(from, _)| from < end) {
+            push(at, from);
+            at = to;
+        }
+        push(at, end);
+    }
+    rest
+}
+
 /// Whether two findings are of the same thing.
 fn same(a: &Finding, b: &Finding) -> bool {
     (&a.check, &a.what, &a.name, &a.state) == (&b.check, &b.what, &b.name, &b.state)
-}
-
-/// A segment that the map needs is not there.
-fn is_log_gone(finding: &Finding) -> bool {
-    finding.check == "log"
-        && finding.severity == Severity::Damage
-        && finding.advice.contains("do not rebuild the map")
 }
 
 fn is_wrong(finding: &Finding) -> bool {
@@ -299,7 +388,7 @@ fn text(outcome: &Outcome) -> String {
                 report.log_bytes.map_or("?".to_owned(), out::size)
             ));
         }
-        None => lines.push("the store was not opened and nothing in it was changed".to_owned()),
+        None => lines.push("the store was not opened and nothing in it was mended".to_owned()),
     }
     lines.push(format!(
         "{} batches in {} segments of the log were read, and {} of {} preserved blocks",
@@ -383,6 +472,51 @@ mod tests {
         mended.repaired = true;
         assert_eq!(verdict(std::slice::from_ref(&mended)), 10);
         assert_eq!(verdict(&[mended, finding("failed")]), 7);
+    }
+
+    #[test]
+    fn only_what_was_mended_is_called_repaired() {
+        let finding = |severity, check: &str, name: &str, ranges: &[std::ops::Range<u64>]| {
+            Finding::new(severity, check, "snapshot", name, "damaged").at(ranges.iter().cloned())
+        };
+        let damage = |check, ranges| finding(Severity::Damage, check, "vm@a", ranges);
+        let first = |findings| Audit {
+            findings,
+            ..Audit::default()
+        };
+        let told =
+            |first: &Audit, after: Vec<Finding>, rebuilt| -> Vec<(String, bool, Vec<Bytes>)> {
+                let all = compared(first, after, rebuilt).into_iter();
+                all.map(|f| (f.check, f.repaired, f.ranges)).collect()
+            };
+        let bytes = |start, length| Bytes { start, length };
+        // Of a damaged piece a part was mended.
+        let before = first(vec![damage("payload", &[0..10, 20..30, 40..50])]);
+        let after = vec![damage("payload", &[22..24, 40..60])];
+        let mended = vec![bytes(0, 10), bytes(20, 2), bytes(24, 6)];
+        let left = vec![bytes(22, 2), bytes(40, 20)];
+        assert_eq!(
+            told(&before, after, false),
+            [
+                ("payload".into(), true, mended),
+                ("payload".into(), false, left)
+            ]
+        );
+        // What is lost is not mended by nobody's knowing of it any more.
+        let lost = first(vec![damage("log", &[])]);
+        assert_eq!(told(&lost, vec![], true), [("log".into(), false, vec![])]);
+        let map = first(vec![damage("map", &[0..1])]);
+        assert!(told(&map, vec![], true)[0].1);
+        assert!(!told(&map, vec![], false)[0].1);
+        // Nothing is read of what has failed meanwhile.
+        let failed = Audit {
+            keep_map: true,
+            ..first(vec![damage("payload", &[0..1])])
+        };
+        assert!(!told(&failed, vec![], false)[0].1);
+        // Notes are of their time.
+        let torn = first(vec![finding(Severity::Note, "log", "log/1", &[])]);
+        assert_eq!(told(&torn, vec![], true), []);
     }
 
     #[test]

@@ -174,8 +174,10 @@ fn check(
         let again = engine.audit()?;
         for finding in &mut audit.findings {
             let left = |f: &Finding| (&f.check, &f.name) == (&finding.check, &finding.name);
+            // What else is gone was not mended, it only cannot be seen any more.
+            let mended = matches!(finding.check.as_str(), "map" | "bitmap");
             finding.repaired =
-                finding.severity != Severity::Note && !again.findings.iter().any(left);
+                mended && finding.severity != Severity::Note && !again.findings.iter().any(left);
         }
     }
     if percent > 0 {

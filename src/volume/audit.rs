@@ -142,6 +142,10 @@ pub struct Audit {
     /// The map may know what the log has lost, so it is not to be made again.
     #[serde(skip)]
     pub(crate) keep_map: bool,
+    /// The log, or its end, is gone: a start would go on from what is left, so it is for people to say
+    /// when that is to be.
+    #[serde(skip)]
+    pub(crate) end_lost: bool,
 }
 
 impl Audit {
@@ -163,13 +167,17 @@ pub fn offline(env: &Environment, share: Share, seed: u64) -> Result<Audit> {
     let mut audit = Audit::default();
     let superblock = slots(env.dir.as_ref(), &mut audit)?;
     let keys = Keys::derive(&superblock.secret, superblock.store);
-    let Ok(dir) = env.dir.subdir("log", false) else {
-        audit.findings.push(
-            Finding::new(Severity::Damage, "log", "file", "log", "lost")
-                .because("the directory of the log is missing")
-                .advise("bring it back from a copy of the store"),
-        );
-        return Ok(audit);
+    let dir = match env.dir.subdir("log", false) {
+        Ok(dir) => dir,
+        Err(e) => {
+            audit.findings.push(
+                Finding::new(Severity::Damage, "log", "file", "log", "lost")
+                    .because(format!("the directory of the log cannot be opened: {e}"))
+                    .advise("bring it back from a copy of the store"),
+            );
+            (audit.keep_map, audit.end_lost) = (true, true);
+            return Ok(audit);
+        }
     };
     let source = view::Source {
         dir: dir.as_ref(),
@@ -191,7 +199,12 @@ pub fn offline(env: &Environment, share: Share, seed: u64) -> Result<Audit> {
         view.fail(mark.volume, mark.first, mark.last);
     }
     states(&view.catalog, &mut audit);
-    let actual = match actual_map(env, &source, &mut audit) {
+    let actual = match view.read {
+        true => actual_map(env, &source, &mut audit),
+        // What cannot be read says nothing of the map.
+        false => None,
+    };
+    let actual = match actual {
         Some(actual) => actual,
         None => return finish(env, dir.as_ref(), &keys, view, None, share, seed, audit),
     };
@@ -384,7 +397,9 @@ fn actual_map(
     let Some(applied) = map.applied() else {
         audit.findings.push(
             Finding::new(Severity::Note, "map", "file", "map", "absent")
-                .because("there is no extent map yet; the log alone is the truth")
+                .because(
+                    "the extent map is new, was removed, or has lost its beginning; the log alone is the truth",
+                )
                 .advise(NEXT_START),
         );
         return None;
@@ -396,7 +411,7 @@ fn actual_map(
     match view::catch_up(source, &map, applied) {
         Ok(scanned) if applied.lsn.0 <= scanned.tail.lsn => Some(map),
         Ok(scanned) => {
-            audit.keep_map = true;
+            (audit.keep_map, audit.end_lost) = (true, true);
             let (first, last) = (scanned.tail.lsn + 1, applied.lsn.0);
             audit.findings.push(
                 Finding::new(Severity::Damage, "log", "store", "log", "lost")
@@ -404,7 +419,8 @@ fn actual_map(
                         "batches {first} to {last}, its end, are lost: the extent map has them"
                     ))
                     .advise(
-                        "bring the log back from a copy of the store; the next start marks all snapshots failed",
+                        "bring the log back from a copy of the store; a start goes on without them and marks failed \
+                         what existed then, or refuses",
                     ),
             );
             Some(map)

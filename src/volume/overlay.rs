@@ -84,6 +84,17 @@ pub fn piece_of(name: &str) -> Option<u64> {
     parse(name).map(|(_, piece)| piece)
 }
 
+/// Whether a name is one that [`set_aside`] gives.
+pub fn is_aside(name: &str) -> bool {
+    let parts = name.rsplit_once(ASIDE);
+    parts.is_some_and(|(name, n)| is_ours(name) && n.parse::<u64>().is_ok())
+}
+
+/// Whether a name is that of an overlay, or of a table of checksums.
+pub fn is_ours(name: &str) -> bool {
+    parse(name).is_some() || sums::parse(name).is_some()
+}
+
 /// All overlay files by layer.
 ///
 /// # Errors

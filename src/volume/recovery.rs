@@ -7,6 +7,7 @@
 //! The map is taken only if it is this store's and does not lead the log; otherwise it is rebuilt.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -75,6 +76,10 @@ pub fn create(env: &Environment, settings: &Settings) -> Result<()> {
     env.dir
         .subdir(LOG_DIR, true)
         .context(|| "cannot create the store's log directory")?;
+    // Durable first: a superblock without it says that a log was lost.
+    env.dir
+        .sync()
+        .context(|| "cannot sync the store directory")?;
     // The superblock comes last: a directory with one is a store.
     SuperblockFile::create(env.dir.as_ref(), superblock)?;
     env.dir.sync().context(|| "cannot sync the store directory")
@@ -88,10 +93,17 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
     let mut superblock = SuperblockFile::open(env.dir.as_ref())?;
     let facts = superblock.current().clone();
     let keys = Keys::derive(&facts.secret, facts.store);
-    let dir = env
-        .dir
-        .subdir(LOG_DIR, true)
-        .context(|| "cannot open the store's log directory")?;
+    // Never made here: an empty one would be served as a store in which nothing ever was.
+    let dir = env.dir.subdir(LOG_DIR, false).map_err(|e| {
+        let what = "cannot open the directory log of the store";
+        match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                Kind::Damaged,
+                format!("{what}: {e}; bring it back from a copy of the store"),
+            ),
+            _ => Error::io(what, e),
+        }
+    })?;
     if !planted(Bug::PredecessorUnsynced) {
         sync_log(dir.as_ref())?;
     }
@@ -531,6 +543,17 @@ fn replay(
         return Ok(Fit::Not);
     }
     if let Some(applied) = applied.filter(|a| a.lsn.0 > scanned.tail.lsn) {
+        if !have_catalog {
+            // Nothing is known of what there was: what was written to clones must not go as nobody's.
+            return Err(Error::new(
+                Kind::Damaged,
+                format!(
+                    "the log is gone: no segment is in log/, and the extent map knows of {} batches; \
+                     bring the segments back from a copy of the store",
+                    applied.lsn.0
+                ),
+            ));
+        }
         let lost = Lost::of(&catalog, Lsn(scanned.tail.lsn + 1), applied.lsn);
         return Ok(Fit::Leads(Box::new(catalog), lost));
     }
@@ -602,7 +625,7 @@ fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
         if disk.size().context(context)? > end && !planted(Bug::TailKept) {
             match disk.set_size(end) {
                 // Where even that needs space, what is behind the end stays.
-                Err(e) if e.kind() == std::io::ErrorKind::StorageFull => {
+                Err(e) if e.kind() == ErrorKind::StorageFull => {
                     tracing::warn!("{}: {e}", context());
                 }
                 done => done.context(context)?,

@@ -8,7 +8,7 @@
 //!
 //! What is known damaged is listed as long as a snapshot or clone needs it: deleting those ends it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -165,11 +165,14 @@ impl Scrub {
     }
 
     /// A scrub has read all of these volumes: what it did not find damaged is good, as after an error
-    /// that passed.
-    fn forget_unseen(&self, only: Option<u32>) {
+    /// that passed, or where a clone was written anew. `layers` are those of the volumes.
+    fn forget_unseen(&self, only: Option<u32>, layers: &BTreeSet<u32>) {
         let mut state = lock(&self.state);
         let seen = state.started_ns;
-        let concerned = |k: &Known| k.volume & LAYER_BIT == 0 && only.is_none_or(|o| o == k.volume);
+        let concerned = |k: &Known| match k.volume & LAYER_BIT {
+            0 => only.is_none_or(|o| o == k.volume),
+            _ => layers.contains(&(k.volume & !LAYER_BIT)),
+        };
         state.known.retain(|k| k.seen == seen || !concerned(k));
     }
 }
@@ -346,7 +349,11 @@ impl Shared {
             .and_then(|()| self.scrub_layers(options, only, &mut pace, news));
         if done.is_ok() {
             if complete && options.percent >= 100 {
-                self.scrub.forget_unseen(only);
+                let catalog = lock(&self.catalog).clone();
+                let layers = catalog.layers.iter();
+                let layers = layers.filter(|(_, l)| only.is_none_or(|o| o == l.volume));
+                let layers = layers.map(|(&id, _)| id).collect();
+                self.scrub.forget_unseen(only, &layers);
             }
             let mut state = lock(&self.scrub.state);
             state.position = None;
@@ -381,11 +388,7 @@ impl Shared {
                 only,
                 percent: options.percent,
                 seed,
-                // What lies in clones may have been written anew since; it is all looked at again.
-                known: std::mem::take(&mut state.known)
-                    .into_iter()
-                    .filter(|k| k.volume & LAYER_BIT == 0)
-                    .collect(),
+                known: std::mem::take(&mut state.known),
                 ..ScrubState::default()
             };
         }

@@ -566,15 +566,17 @@ impl Sums {
     /// The grains of `held` whose checksums are lost, because their leaf is damaged.
     pub fn damaged(&self, held: &GrainSet) -> Vec<Range<u64>> {
         let mut lost: Vec<Range<u64>> = Vec::new();
-        let Ok(Some(file)) = self.file(&mut lock(&self.state)) else {
-            return lost;
+        let file = match self.file(&mut lock(&self.state)) {
+            Ok(Some(file)) => file,
+            Ok(None) => return lost,
+            Err(_) => return held.ranges().collect(),
         };
         let size = file.size().unwrap_or(0);
         let mut next = 0;
         while let Some(run) = held.ranges_in(next * LEAF_GRAINS..u64::MAX).next() {
             let leaf = run.start / LEAF_GRAINS;
             next = leaf + 1;
-            if next * BLOCK > size {
+            if leaf * BLOCK >= size {
                 break;
             }
             let mut block = vec![0; BLOCK as usize];

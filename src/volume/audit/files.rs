@@ -94,8 +94,14 @@ pub fn clones(
         let mut sizes: BTreeMap<u64, u64> = BTreeMap::new();
         if let Some(dir) = &dir {
             for (&piece, name) in &piece_names {
-                let disk = open_if_there(dir.as_ref(), name);
-                let disk = disk.context(|| format!("cannot open the overlay {name}"))?;
+                let disk = match open_if_there(dir.as_ref(), name) {
+                    Ok(disk) => disk,
+                    Err(e) => {
+                        // A link or a directory in its place, or the medium: that layer's alone.
+                        unopened(name, &e, audit);
+                        continue;
+                    }
+                };
                 if let Some(disk) = disk {
                     let size = disk.size().context(|| "cannot stat an overlay")?;
                     sizes.insert(piece, size);
@@ -128,26 +134,52 @@ pub fn clones(
             let name = format!("{}/{}", volume.name, clone.name);
             audit.findings.push(
                 Finding::new(Severity::Damage, "clone", "clone", &name, "lost")
-                    .because(format!("the overlay of layer {id} is missing or too short"))
+                    .because(format!(
+                        "the overlay of layer {id} is missing, too short, or cannot be opened"
+                    ))
                     .at(lacks.clone())
                     .advise("bring the file back from a copy of the store, or delete the clone"),
             );
         }
     }
-    for name in files.into_values().flatten() {
-        audit.findings.push(
-            Finding::new(
-                Severity::Note,
-                "files",
-                "file",
-                &format!("clones/{name}"),
-                "orphan",
-            )
-            .because("the overlay of a clone that is gone")
-            .advise(NEXT_START),
-        );
+    let lost = view.lost || !view.read || audit.end_lost;
+    for (layer, names) in files {
+        // A file is made after its layer's record is durable: a number that was never given says that
+        // the record is lost.
+        let lost = lost || layer >= view.catalog.next_layer;
+        for name in names {
+            orphan(&name, lost, audit);
+        }
     }
     Ok(())
+}
+
+fn unopened(name: &str, e: &std::io::Error, audit: &mut Audit) {
+    audit.findings.push(
+        Finding::new(
+            Severity::Damage,
+            "clone",
+            "file",
+            &format!("clones/{name}"),
+            "damaged",
+        )
+        .because(format!("the overlay cannot be opened: {e}"))
+        .advise("put the file itself back in its place"),
+    );
+}
+
+/// An overlay of a layer that the catalogue does not have.
+fn orphan(name: &str, lost: bool, audit: &mut Audit) {
+    let name = format!("clones/{name}");
+    let finding = |severity, state| Finding::new(severity, "files", "file", &name, state);
+    audit.findings.push(match lost {
+        true => finding(Severity::Damage, "unclaimed")
+            .because("written to a clone of which the log says nothing any more")
+            .advise("bring the log back from a copy of the store; copy this file aside"),
+        false => finding(Severity::Note, "orphan")
+            .because("the overlay of a clone that is gone")
+            .advise(NEXT_START),
+    });
 }
 
 /// Reads what lies in layers, and verifies it where there are checksums.
@@ -193,6 +225,7 @@ pub fn content(
             );
         }
         let mut bad: Vec<Range<u64>> = Vec::new();
+        let mut why = String::new();
         let mut content = vec![0; grain as usize];
         for g in held.ranges().flatten() {
             if !share.takes_grain(seed, id, g) {
@@ -200,8 +233,10 @@ pub fn content(
             }
             audit.grains_needed += 1;
             audit.grains_read += 1;
-            let read = overlay.read(g * grain, &mut content);
-            if read.is_err() {
+            if let Err(e) = overlay.read(g * grain, &mut content) {
+                if why.is_empty() {
+                    why = e.chain();
+                }
                 match bad.last_mut() {
                     Some(last) if last.end == g * grain => last.end += grain,
                     _ => bad.push(g * grain..(g + 1) * grain),
@@ -217,7 +252,7 @@ pub fn content(
                 let name = format!("{}/{}", volume.name, clone.name);
                 audit.findings.push(
                     Finding::new(Severity::Damage, "payload", "clone", &name, "damaged")
-                        .because(format!("content of layer {id} does not match its checksum"))
+                        .because(format!("content of layer {id} cannot be read: {why}"))
                         .at(bad.clone())
                         .advise(
                             "write these bytes anew, whole blocks of them, or delete the clone",
@@ -279,7 +314,13 @@ pub fn orphans(store: &dyn Dir, log: &dyn Dir, view: &View, audit: &mut Audit) -
                 .advise(advice),
         );
     };
-    for name in store.list().context(|| "cannot list the store")? {
+    let listed = |dir: &dyn Dir, what: &'static str| -> Result<Vec<String>> {
+        let mut names = dir.list().context(|| what)?;
+        // Always in the same order, whatever the filesystem's is.
+        names.sort_unstable();
+        Ok(names)
+    };
+    for name in listed(store, "cannot list the store")? {
         if name.starts_with("map.damaged-") {
             let why = "an extent map that was set aside";
             add(
@@ -293,11 +334,26 @@ pub fn orphans(store: &dyn Dir, log: &dyn Dir, view: &View, audit: &mut Audit) -
             add(name, "foreign", why, "move it elsewhere, if it is yours");
         }
     }
-    for name in log.list().context(|| "cannot list the log")? {
+    for name in listed(log, "cannot list the log")? {
         if segment::number(&name).is_none() && name != SPARE {
             let why = "not a file of the log";
             let name = format!("log/{name}");
             add(name, "foreign", why, "move it elsewhere, if it is yours");
+        }
+    }
+    // Without one there are no names in it; what is not a directory was found before.
+    if let Ok(clones) = store.subdir("clones", false) {
+        for name in listed(clones.as_ref(), "cannot list the overlays")? {
+            if overlay::is_aside(&name) {
+                let why =
+                    "written to a clone of which the log says nothing any more; a start kept it";
+                let advice = "remove it once nobody wants to look at it";
+                add(format!("clones/{name}"), "orphan", why, advice);
+            } else if !overlay::is_ours(&name) {
+                let why = "not a file of a clone";
+                let advice = "move it elsewhere, if it is yours";
+                add(format!("clones/{name}"), "foreign", why, advice);
+            }
         }
     }
     for &number in &view.abandoned {

@@ -45,6 +45,8 @@ pub struct View {
     pub abandoned: Vec<u32>,
     /// Batches whose records cannot be read were found.
     pub lost: bool,
+    /// The log could be read from end to end.
+    pub read: bool,
     /// The store was not stopped cleanly.
     pub unclean: bool,
 }
@@ -65,6 +67,7 @@ impl View {
             refined: BTreeMap::new(),
             abandoned: Vec::new(),
             lost: false,
+            read: true,
             unclean: false,
         };
         let scan = Scan {
@@ -92,7 +95,7 @@ impl View {
                         .because(e.chain())
                         .advise(COPY_ASIDE),
                 );
-                view.lost = true;
+                (view.lost, view.read) = (true, false);
                 return Ok(view);
             }
             Err(e) => return Err(e),
