@@ -151,6 +151,14 @@ pub struct Audit {
 impl Audit {
     fn concluded(mut self) -> Audit {
         self.map_to_rebuild &= !self.keep_map;
+        if self.keep_map {
+            let of_map = |f: &&mut Finding| matches!(f.check.as_str(), "map" | "bitmap");
+            for finding in self.findings.iter_mut().filter(of_map) {
+                if finding.severity != Severity::Note {
+                    COPY_ASIDE.clone_into(&mut finding.advice);
+                }
+            }
+        }
         self
     }
 }
