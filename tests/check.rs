@@ -462,3 +462,43 @@ fn checks_wait_for_each_other() {
         assert_eq!(out.status.code(), Some(0), "{out:?}");
     }
 }
+
+/// Damage in a clone is known until a scrub of everything has read it again, not until any scrub begins.
+#[test]
+fn damage_in_a_clone_is_not_forgotten_by_a_sample() {
+    if !can_mount() {
+        return;
+    }
+    let mut rig = served();
+    rig.ok(&["clone", "create", "vm@a", "c"]);
+    let path = rig.mnt().join("vm/clones/c.img");
+    let clone = || OpenOptions::new().write(true).open(&path).unwrap();
+    for n in 0..4 {
+        clone().write_all_at(&page(7, n), n * PAGE as u64).unwrap();
+    }
+    rig.umount();
+    let overlay = rig.store().join("clones/000001.data");
+    let overlay = OpenOptions::new().write(true).open(overlay).unwrap();
+    overlay.write_all_at(b"rot", 2 * PAGE as u64 + 9).unwrap();
+    rig.mount();
+    let (code, told) = json(&rig, &["scrub", "--rate", "0"]);
+    assert_eq!((code, &told["found"]), (7, &1.into()), "{told}");
+    let source = rig.source("other.img", 1 << 20);
+    rig.ok(&["volume", "add", "other", source.to_str().unwrap()]);
+    for args in [
+        &["scrub", "other"][..],
+        &["scrub", "--sample", "1%", "--restart"],
+    ] {
+        let (code, told) = json(&rig, args);
+        assert_eq!(code, 7, "{args:?}: {told}");
+        assert_eq!(told["damaged"][0]["name"], "vm/c", "{args:?}: {told}");
+    }
+    clone().write_all_at(&page(7, 2), 2 * PAGE as u64).unwrap();
+    let (code, told) = json(&rig, &["scrub", "--rate", "0"]);
+    assert_eq!(
+        (code, &told["damaged"]),
+        (0, &Value::Array(vec![])),
+        "{told}"
+    );
+    rig.umount();
+}

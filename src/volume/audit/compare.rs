@@ -19,6 +19,7 @@ use crate::volume::audit::{
     Audit, COPY_ASIDE, Finding, Places, Severity, map_damaged, names_of, open_if_there,
 };
 use crate::volume::clone_records::{LAYER_BIT, layer_volume};
+use crate::volume::facts::SnapshotState;
 use crate::volume::verify::{Points, needing, points_of};
 
 /// What a page says of one grain.
@@ -223,8 +224,14 @@ impl Compare<'_> {
 pub fn bitmaps(view: &View, actual: &ExtentMap, audit: &mut Audit) {
     let all = Epoch(0)..Epoch(u64::MAX);
     for (&id, volume) in &view.catalog.volumes {
-        let points = volume.snapshots.keys().chain(volume.kept.keys());
-        let Some(&oldest) = points.chain(volume.bookmarks.keys()).min() else {
+        // Of what has failed nobody asks what changed, and nothing is kept for it.
+        let active = |state: &SnapshotState| *state == SnapshotState::Active;
+        let points = volume.snapshots.iter().chain(&volume.kept);
+        let points = points.filter(|(_, snap)| active(&snap.state));
+        let marks = volume.bookmarks.iter();
+        let marks = marks.filter(|(_, mark)| active(&mark.state));
+        let epochs = points.map(|(epoch, _)| epoch);
+        let Some(&oldest) = epochs.chain(marks.map(|(epoch, _)| epoch)).min() else {
             continue;
         };
         let ours: BTreeMap<u64, EpochSets> = sets(actual, VolumeId(id), all.clone());

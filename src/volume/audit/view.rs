@@ -154,9 +154,13 @@ impl View {
                     }
                 }
             }
-            volume
-                .bookmarks
-                .retain(|epoch, _| known.bookmarks.contains_key(epoch));
+            volume.bookmarks.retain(|epoch, mark| {
+                let known = known.bookmarks.get(epoch);
+                if let Some(known) = known {
+                    mark.clone_from(known);
+                }
+                known.is_some()
+            });
             true
         });
         self.catalog
