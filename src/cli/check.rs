@@ -8,8 +8,8 @@
 //! not opened in any case: a start would go on from what is left, and that is not for a check to decide.
 //! A mounted store is audited by its daemon.
 //!
-//! Exit codes: 0 nothing is wrong, 10 something was and all of it is repaired, 3 a source could not be
-//! looked at, 7 something is wrong.
+//! Exit codes: 0 nothing is wrong, 10 something was and all of it is repaired, 3 a source, or the map on a
+//! full disk, could not be looked at, 7 something is wrong.
 
 use std::path::Path;
 use std::thread;
@@ -252,8 +252,9 @@ fn compared(first: &Audit, after: Vec<Finding>, rebuilt: bool) -> Vec<Finding> {
             }
         }
         gone.repaired = match found.check.as_str() {
+            // On a full disk it is made again in memory, which says nothing of what is on the disk.
+            "map" | "bitmap" => rebuilt && !after.iter().any(is_unread),
             _ if found.severity == Severity::Warning => true,
-            "map" | "bitmap" => rebuilt,
             // Of what has failed meanwhile nothing is read any more.
             "payload" => !first.keep_map,
             _ => false,
@@ -359,15 +360,19 @@ fn states_of(volume: &VolumeRow) -> Vec<Finding> {
     findings
 }
 
-/// What is wrong and not repaired is damage (7); a source that could not be looked at makes the check
+/// What could not be looked at, and may be good.
+fn is_unread(f: &Finding) -> bool {
+    (f.check == "state" && f.state == "missing") || (f.check == "map" && f.state == "unread")
+}
+
+/// What is wrong and not repaired is damage (7); what could not be looked at makes the check
 /// incomplete (3); what was wrong and is repaired has a code of its own (10); notes are remarks.
 fn verdict(findings: &[Finding]) -> u8 {
     let wrong = || findings.iter().filter(|f| is_wrong(f));
-    let missing = |f: &&Finding| f.check == "state" && f.state == "missing";
-    if wrong().any(|f| !missing(&f)) {
+    if wrong().any(|f| !is_unread(f)) {
         return exit::code(Kind::Damaged);
     }
-    if wrong().any(|f| missing(&f)) {
+    if wrong().any(is_unread) {
         return exit::INCOMPLETE;
     }
     match findings.iter().any(|f| f.repaired) {
@@ -505,15 +510,19 @@ mod tests {
         // What is lost is not mended by nobody's knowing of it any more.
         let lost = first(vec![damage("log", &[])]);
         assert_eq!(told(&lost, vec![], true), [("log".into(), false, vec![])]);
-        let map = first(vec![damage("map", &[0..1])]);
+        let map = first(vec![damage("map", &[0..1, 2..3])]);
         assert!(told(&map, vec![], true)[0].1);
         assert!(!told(&map, vec![], false)[0].1);
         // Nothing is read of what has failed meanwhile.
         let failed = Audit {
             keep_map: true,
-            ..first(vec![damage("payload", &[0..1])])
+            ..first(vec![damage("payload", &[0..1, 2..3])])
         };
         assert!(!told(&failed, vec![], false)[0].1);
+        // On a full disk the new one is in memory only, and the old one's place is not looked at.
+        let unread = Finding::new(Severity::Warning, "map", "file", "map", "unread");
+        assert_eq!(verdict(std::slice::from_ref(&unread)), exit::INCOMPLETE);
+        assert!(!told(&map, vec![unread], true)[0].1);
         // Notes are of their time.
         let torn = first(vec![finding(Severity::Note, "log", "log/1", &[])]);
         assert_eq!(told(&torn, vec![], true), []);
