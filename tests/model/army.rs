@@ -242,7 +242,7 @@ pub fn state(moment: &Run, interrupted: bool, seed: u64, counts: &mut Counts) ->
         counts.add("map lost");
     }
     // Chosen without a chance: histories stay what they were.
-    if seed % 8 == 0 {
+    if seed.is_multiple_of(8) {
         run.sound();
         counts.add("audited");
     }
