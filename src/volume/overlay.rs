@@ -300,6 +300,11 @@ impl Overlay {
         Ok(())
     }
 
+    #[cfg(test)]
+    pub fn sums(&self) -> &Sums {
+        self.sums.as_ref().expect("made with checksums")
+    }
+
     fn opened(&self, range: Range<u64>) -> Result<Option<RwLockReadGuard<'_, ()>>> {
         self.sums.as_ref().map(|sums| sums.open(range)).transpose()
     }
@@ -414,9 +419,10 @@ impl Overlay {
             if part.end > size && done.is_ok() {
                 // What a layer holds always lies inside the file: a file that was cut is noticed.
                 let _sizes = self.sizes.write().unwrap_or_else(PoisonError::into_inner);
-                if disk.size().context(context)? < part.end {
-                    done = disk.set_size(part.end);
-                }
+                done = disk.size().and_then(|size| match size < part.end {
+                    true => disk.set_size(part.end),
+                    false => Ok(()),
+                });
             }
             lock(&self.dirty).pieces.insert(piece);
             done.context(context)?;

@@ -13,12 +13,14 @@
 //! rest is verified first.
 //!
 //! A writer pays one sync for the first overwrite in each leaf after it was sealed, and none for grains
-//! that are new to the layer. A leaf that cannot be read or does not match its own checksum counts as
-//! opened: nothing becomes unreadable by rot in the table alone. It is not verified that a leaf which
-//! should be there is; the leaf behind 8 TiB of the table (petabytes of clone) is never made.
+//! that are new to the layer. A leaf that cannot be read or does not match its own checksum has none, and
+//! is erased before its grains are written, too: nothing becomes unreadable by rot in the table alone.
+//! It is not verified that a leaf which should be there is; the leaf behind 8 TiB of the table (petabytes
+//! of clone) is never made.
 //!
 //! Locks: `gate` (writers share it from opening to the end of the write; sealing excludes them for a
-//! moment), then `opening` (held over the erasing), then `state` (memory, and reads of single leaves).
+//! moment), then `opening` (held over the erasing), `syncs` (from a leaf's erasing to its sync, and over other
+//! syncs), then `state` (memory, and reads of single leaves).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -47,6 +49,10 @@ pub const KEPT_MAX: usize = 256;
 const PUT_OFF_MAX: u32 = 10;
 /// Leaves looked at in one round for some that a predecessor left open.
 const LOOK_AT_ONCE: u64 = 256;
+/// Leaves taken to be sealed in one round, whatever waits: each takes a block of memory.
+const DUE_MAX: usize = 256;
+/// While so many leaves wait to be sealed, no more are looked for.
+const BACKLOG_MAX: usize = 4096;
 
 const _: () = assert!(HEADER + LEAF_GRAINS as usize * 8 == BLOCK as usize);
 
@@ -60,8 +66,15 @@ pub struct Sums {
     keys: Keys,
     gate: RwLock<()>,
     opening: Mutex<()>,
+    syncs: Mutex<()>,
     state: Mutex<State>,
+    /// Called before what was sealed is made durable.
+    #[cfg(test)]
+    syncing: Mutex<Option<Syncing>>,
 }
+
+#[cfg(test)]
+type Syncing = Box<dyn FnOnce(&Sums) + Send>;
 
 #[derive(Default)]
 struct State {
@@ -151,7 +164,10 @@ impl Sums {
             keys,
             gate: RwLock::new(()),
             opening: Mutex::new(()),
+            syncs: Mutex::new(()),
             state: Mutex::new(state),
+            #[cfg(test)]
+            syncing: Mutex::default(),
         }
     }
 
@@ -245,6 +261,7 @@ impl Sums {
             return Ok(());
         };
         let at = leaf * BLOCK;
+        let _syncs = lock(&self.syncs);
         let done = match file.write_all_at(at, &[&[0; BLOCK as usize]]) {
             // Where even that needs space a hole does not.
             Err(e) if e.kind() == io::ErrorKind::StorageFull => file.punch(at, BLOCK),
@@ -290,11 +307,15 @@ impl Sums {
         let Some(file) = self.file(state)? else {
             return Ok(Known::default());
         };
-        if (leaf + 1) * BLOCK <= file.size()? {
-            file.read_exact_at(leaf * BLOCK, &mut block)?;
+        // A write that was cut short may have ended the file in the middle of a leaf. What is missing
+        // reads as zero once the file grows, and may complete it.
+        let there = file.size()?.saturating_sub(leaf * BLOCK).min(BLOCK) as usize;
+        if there > 0 {
+            file.read_exact_at(leaf * BLOCK, &mut block[..there])?;
         }
         let found = self.decode(leaf, &block);
-        if found.is_none() && block.iter().any(|&b| b != 0) {
+        let blank = block.iter().all(|&b| b == 0);
+        if found.is_none() && !blank {
             tracing::error!(
                 layer = self.layer,
                 leaf,
@@ -308,8 +329,9 @@ impl Sums {
             // Of those that are being written the medium has less.
             leaves.retain(|leaf, _| written.contains_key(leaf));
         }
+        // What is damaged as it was read now may be read as good later: it is erased like a good one.
         let known = Known {
-            sealed: found.is_some(),
+            sealed: !blank,
             sums: found,
             kept: false,
         };
@@ -420,7 +442,14 @@ impl Sums {
                 sealed.push(due.leaf);
             }
         }
+        // An error of the medium is told to one sync only, so nobody may be between an erasing and
+        // its own.
+        let _syncs = lock(&self.syncs);
         let file = lock(&self.state).file.clone();
+        #[cfg(test)]
+        if let Some(syncing) = lock(&self.syncing).take() {
+            syncing(self);
+        }
         if let (false, Some(file)) = (sealed.is_empty(), file)
             && let Err(e) = file.sync_data()
         {
@@ -442,8 +471,13 @@ impl Sums {
             return;
         };
         let held = held();
-        let mut state = lock(&self.state);
         for _ in 0..LOOK_AT_ONCE {
+            // Readers get their turn in between.
+            let mut state = lock(&self.state);
+            if state.written.len() >= BACKLOG_MAX {
+                state.look_from = Some(from);
+                return;
+            }
             let next = held.ranges_in(from * LEAF_GRAINS..u64::MAX).next();
             let leaf = next.map(|run| run.start / LEAF_GRAINS);
             let Some(leaf) = leaf.filter(|&leaf| leaf < PIECE_BYTES / BLOCK) else {
@@ -464,7 +498,7 @@ impl Sums {
             }
             from = leaf + 1;
         }
-        state.look_from = Some(from);
+        lock(&self.state).look_from = Some(from);
     }
 
     /// Leaves that nobody writes any more, as they are when nobody is writing.
@@ -486,7 +520,7 @@ impl Sums {
                 false => (written.idle, written.failures) = (0, 0),
             }
             written.seen = written.writes;
-            if written.idle >= rounds << written.failures {
+            if written.idle >= rounds << written.failures && quiet.len() < DUE_MAX {
                 quiet.push((leaf, written.writes));
             }
         }
@@ -610,7 +644,7 @@ impl Sums {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::sim::{Op, SimWorld};
+    use crate::sys::sim::{Fault, Op, SimWorld, What};
     use crate::units::Uuid;
     use crate::volume::overlay::{self, Overlay};
 
@@ -794,6 +828,111 @@ mod tests {
         crate::sys::disk::Disk::set_size(&*disk, GRAIN).unwrap();
         let tried: u64 = (0..64).map(|_| seal(&o, &all, 1)).sum();
         assert!((2..8).contains(&(tried / (2 * GRAIN))), "{tried}");
+    }
+
+    /// A leaf of which a cut left only the beginning is completed by the zeros that come with a later one,
+    /// and one that is damaged may be read as good the next time: both are erased like good ones.
+    #[test]
+    fn a_leaf_that_is_not_whole_is_erased_before_its_grains_are_written() {
+        const FILE: &str = "store/clones/000007.sums";
+        let far = LEAF_GRAINS * GRAIN;
+        let mut cut_short = 0;
+        for seed in 0..64 {
+            let world = SimWorld::new(seed);
+            let o = open(&world);
+            o.write(0, &[5; GRAIN as usize]).unwrap();
+            world.inject(Fault {
+                what: What::Short(28),
+                ops: &[Op::Write],
+                under: "store/clones",
+                nth: 1,
+                lasting: false,
+            });
+            seal(&o, &held(0..1), 0);
+            cut_short += u64::from(world.peek(FILE).unwrap().len() > HEADER + 8);
+            drop(o);
+            world.kill();
+            let o = open(&world);
+            o.write(0, &[6; GRAIN as usize]).unwrap();
+            o.write(far, &[6; GRAIN as usize]).unwrap();
+            let all: GrainSet = [0..1, LEAF_GRAINS..LEAF_GRAINS + 1].into_iter().collect();
+            seal(&o, &all, 1);
+            o.write(0, &[7; GRAIN as usize]).unwrap();
+            // The first one is still being written.
+            assert_eq!(seal(&o, &all, 1), GRAIN);
+            drop(o);
+            world.kill();
+            assert_eq!(kind(&open(&world), 0), None, "seed {seed}");
+        }
+        assert!(cut_short > 5, "{cut_short}");
+
+        let world = SimWorld::new(9);
+        let o = open(&world);
+        o.write(0, &[5; GRAIN as usize]).unwrap();
+        seal(&o, &held(0..1), 0);
+        let good = world.peek(FILE).unwrap();
+        world.poke(FILE, 100, &[good[100] ^ 1]);
+        let o = open(&world);
+        o.write(0, &[6; GRAIN as usize]).unwrap();
+        if world.peek(FILE).unwrap()[100] == good[100] ^ 1 {
+            world.poke(FILE, 100, &[good[100]]);
+        }
+        assert_eq!(kind(&open(&world), 0), None);
+    }
+
+    /// The sync of what was sealed would take the error of an erasing that has not been synced yet.
+    #[test]
+    fn nobody_is_erasing_while_what_was_sealed_is_synced() {
+        let world = SimWorld::new(10);
+        let o = open(&world);
+        o.write(0, &[5; GRAIN as usize]).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        *lock(&o.sums().syncing) = Some(Box::new(move |sums| {
+            tell.send(sums.syncs.try_lock().is_err()).unwrap();
+        }));
+        seal(&o, &held(0..1), 0);
+        assert!(told.recv().unwrap());
+    }
+
+    /// However much waits to be sealed, little of it is taken at a time, and all of it in the end.
+    #[test]
+    fn a_long_backlog_is_sealed_bit_by_bit() {
+        const LEAVES: u64 = 2 * DUE_MAX as u64 + 9;
+        let world = SimWorld::new(11);
+        let o = open_with(&world, 16);
+        let all = held(0..LEAVES * LEAF_GRAINS);
+        o.write(0, &vec![5; (LEAVES * LEAF_GRAINS * 16) as usize])
+            .unwrap();
+        let leaf = LEAF_GRAINS * 16;
+        let most = DUE_MAX as u64 * leaf;
+        let sealed: Vec<u64> = (0..4).map(|_| seal(&o, &all, 0)).collect();
+        assert_eq!(sealed, [most, most, 9 * leaf, 0]);
+    }
+
+    /// A zeroing that failed behind the punch has changed content that is not durable.
+    #[test]
+    fn a_zeroing_that_failed_in_the_middle_is_made_durable_before_it_is_sealed() {
+        for seed in 0..16 {
+            let world = SimWorld::new(seed);
+            let o = open(&world);
+            let all = held(0..4);
+            o.write(0, &[5; 4 * GRAIN as usize]).unwrap();
+            seal(&o, &all, 0);
+            world.inject(Fault {
+                what: What::Errno(5),
+                ops: &[Op::Look],
+                under: "store/clones/000007.data",
+                nth: 2,
+                lasting: false,
+            });
+            o.zero(2 * GRAIN..6 * GRAIN).unwrap_err();
+            assert_eq!(world.struck(), 1);
+            seal(&o, &all, 0);
+            drop(o);
+            world.power_cut();
+            let o = open(&world);
+            assert!((0..4).all(|g| kind(&o, g).is_none()), "seed {seed}");
+        }
     }
 
     /// Golden bytes: a change of any of them is a new format.
