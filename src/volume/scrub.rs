@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -20,10 +21,12 @@ use crate::error::{Error, IoContext, Kind, Result};
 use crate::map::ExtentMap;
 use crate::map::extents::Region;
 use crate::sys::disk::{Dir, Open};
-use crate::units::{Name, VolumeId};
+use crate::units::{Grain, Name, VOLUME_SIZE_MAX, VolumeId};
 use crate::volume::audit::{Finding, Severity};
+use crate::volume::catalog::Catalog;
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::engine::Engine;
+use crate::volume::layers::Layer;
 use crate::volume::shared::{Shared, Vol, lock};
 use crate::volume::verify::{self, Bad, Points, Rot, Share, Walk, points_of};
 
@@ -83,6 +86,16 @@ pub struct ScrubState {
     pub mended: u64,
     /// What is damaged now.
     known: Vec<Known>,
+}
+
+impl ScrubState {
+    /// For whoever is told how far it is, who may take his time: without what is damaged.
+    fn told(&mut self) -> ScrubState {
+        let known = std::mem::take(&mut self.known);
+        let told = self.clone();
+        self.known = known;
+        told
+    }
 }
 
 /// A damaged grain, as the record that holds it.
@@ -227,13 +240,18 @@ impl Shared {
 
     /// What is known damaged and still needed, by name.
     pub fn known_damage(&self) -> Vec<Finding> {
-        let points = points_of(&lock(&self.catalog).clone());
+        let catalog = lock(&self.catalog).clone();
+        let points = points_of(&catalog);
         let mut known = lock(&self.scrub.state).known.clone();
         known.sort_unstable_by_key(|k| (k.volume, k.grain, k.epoch));
         let mut rot = Rot::default();
         let mut gone = Vec::new();
-        let of_layers = self.known_in_layers(&known, &mut gone);
+        let of_layers = known_in_layers(&catalog, &known, &mut gone);
         for k in known.into_iter().filter(|k| k.volume & LAYER_BIT == 0) {
+            if points.get(&k.volume).is_some_and(|p| !fits(&k, p.grain)) {
+                gone.push(k);
+                continue;
+            }
             let bad = Bad {
                 volume: k.volume,
                 epoch: k.epoch,
@@ -258,40 +276,6 @@ impl Shared {
             lock(&self.scrub.state).known.retain(|k| !gone.contains(k));
         }
         rot.findings().chain(of_layers).collect()
-    }
-
-    /// The same of what lies in clones.
-    fn known_in_layers(&self, known: &[Known], gone: &mut Vec<Known>) -> Vec<Finding> {
-        let catalog = lock(&self.catalog);
-        let mut all: BTreeMap<String, Vec<std::ops::Range<u64>>> = BTreeMap::new();
-        for k in known.iter().filter(|k| k.volume & LAYER_BIT != 0) {
-            let layer = k.volume & !LAYER_BIT;
-            let entry = catalog.layers.get(&layer);
-            let Some(volume) = entry.and_then(|l| catalog.volumes.get(&l.volume)) else {
-                gone.push(k.clone());
-                continue;
-            };
-            let bytes = volume.grain.span(k.grain..k.grain + 1);
-            let on_it = catalog.clones.values().filter(|c| {
-                let chain = catalog.chain(c.top);
-                chain.iter().any(|&(id, _)| id == layer)
-            });
-            for clone in on_it {
-                let name = format!("{}/{}", volume.name, clone.name);
-                let ranges = all.entry(name).or_default();
-                match ranges.last_mut() {
-                    Some(last) if last.end == bytes.start => last.end = bytes.end,
-                    _ => ranges.push(bytes.clone()),
-                }
-            }
-        }
-        let finding = |(name, ranges): (String, Vec<std::ops::Range<u64>>)| {
-            Finding::new(Severity::Damage, "payload", "clone", &name, "damaged")
-                .because("content of the clone does not match its checksum")
-                .at(ranges)
-                .advise("write these bytes anew, whole blocks of them, or delete the clone")
-        };
-        all.into_iter().map(finding).collect()
     }
 
     fn save_scrub(&self) {
@@ -442,14 +426,15 @@ impl Shared {
             for bad in bad {
                 self.judge(&bad, &points, options.repair)?;
             }
-            {
+            let told = {
                 let mut state = lock(&self.scrub.state);
                 state.grains += counts.read;
                 state.bytes += counts.bytes;
                 state.needed += counts.needed;
                 state.position = Some((volume.0, region + 1));
-                news(&state);
-            }
+                state.told()
+            };
+            news(&told);
             if pace.saved.elapsed() >= SAVE {
                 self.save_scrub();
                 pace.saved = Instant::now();
@@ -477,32 +462,51 @@ impl Shared {
             }
             let layers = lock(&self.clones).layers_of(volume);
             for layer in layers {
-                let held = lock(&layer.set).clone();
-                let mut content = vec![0; grain as usize];
-                for g in held.ranges().flatten() {
-                    if !Share(options.percent).takes_grain(seed, layer.id, g) {
-                        continue;
-                    }
-                    let read = layer.overlay.read(g * grain, &mut content);
-                    pace.after(grain)?;
-                    let mut state = lock(&self.scrub.state);
-                    state.grains += 1;
-                    state.needed += 1;
-                    state.bytes += grain;
-                    news(&state);
-                    if read.is_err() {
-                        state.found += 1;
-                        drop(state);
-                        self.scrub.remember(Known {
-                            volume: LAYER_BIT | layer.id,
-                            epoch: 0,
-                            before: None,
-                            grain: g,
-                            seen: 0,
-                        });
-                    }
+                let used = layer.overlay.has_open_files();
+                let done = self.scrub_layer((&layer, grain, seed), options, pace, news);
+                if !used {
+                    // Clones that nobody has open hold no descriptors.
+                    layer.overlay.close_files_again();
                 }
+                done?;
             }
+        }
+        Ok(())
+    }
+
+    fn scrub_layer(
+        &self,
+        (layer, grain, seed): (&Layer, u64, u64),
+        options: &ScrubOptions,
+        pace: &mut Pace<'_>,
+        news: &mut dyn FnMut(&ScrubState),
+    ) -> Result<()> {
+        let held = lock(&layer.set).clone();
+        let mut content = vec![0; grain as usize];
+        for g in held.ranges().flatten() {
+            if !Share(options.percent).takes_grain(seed, layer.id, g) {
+                continue;
+            }
+            let read = layer.overlay.read(g * grain, &mut content);
+            pace.after(grain)?;
+            let told = {
+                let mut state = lock(&self.scrub.state);
+                state.grains += 1;
+                state.needed += 1;
+                state.bytes += grain;
+                state.found += u64::from(read.is_err());
+                state.told()
+            };
+            if read.is_err() {
+                self.scrub.remember(Known {
+                    volume: LAYER_BIT | layer.id,
+                    epoch: 0,
+                    before: None,
+                    grain: g,
+                    seen: 0,
+                });
+            }
+            news(&told);
         }
         Ok(())
     }
@@ -598,6 +602,50 @@ impl Shared {
         }
         None
     }
+}
+
+/// Whether there can be such a grain: the file may say anything.
+fn fits(known: &Known, grain: Grain) -> bool {
+    known.grain < VOLUME_SIZE_MAX / grain.bytes()
+}
+
+/// What is known damaged in layers, by the clones that read it; what is gone is added to the rest of it.
+fn known_in_layers(catalog: &Catalog, known: &[Known], gone: &mut Vec<Known>) -> Vec<Finding> {
+    let mut readers: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    for clone in catalog.clones.values() {
+        let Some(volume) = catalog.volumes.get(&clone.volume) else {
+            continue;
+        };
+        for (layer, _) in catalog.chain(clone.top) {
+            let name = format!("{}/{}", volume.name, clone.name);
+            readers.entry(layer).or_default().push(name);
+        }
+    }
+    let mut all: BTreeMap<&str, Vec<Range<u64>>> = BTreeMap::new();
+    for k in known.iter().filter(|k| k.volume & LAYER_BIT != 0) {
+        let layer = k.volume & !LAYER_BIT;
+        let entry = catalog.layers.get(&layer);
+        let volume = entry.and_then(|l| catalog.volumes.get(&l.volume));
+        let Some(volume) = volume.filter(|v| fits(k, v.grain)) else {
+            gone.push(k.clone());
+            continue;
+        };
+        let bytes = volume.grain.span(k.grain..k.grain + 1);
+        for name in readers.get(&layer).into_iter().flatten() {
+            let ranges = all.entry(name).or_default();
+            match ranges.last_mut() {
+                Some(last) if last.end == bytes.start => last.end = bytes.end,
+                _ => ranges.push(bytes.clone()),
+            }
+        }
+    }
+    let finding = |(name, ranges): (&str, Vec<Range<u64>>)| {
+        Finding::new(Severity::Damage, "payload", "clone", name, "damaged")
+            .because("content of the clone does not match its checksum")
+            .at(ranges)
+            .advise("write these bytes anew, whole blocks of them, or delete the clone")
+    };
+    all.into_iter().map(finding).collect()
 }
 
 /// Reads a grain of the source as it would be preserved; whether that worked.

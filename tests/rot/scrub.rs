@@ -278,3 +278,54 @@ fn what_is_mended_does_not_hide_what_is_not() {
     let named: Vec<&str> = damage.iter().map(|f| f.name.as_str()).collect();
     assert_eq!(named, ["a@q"]);
 }
+
+/// Whoever is told how far it is may ask, or take his time: nobody waits for him.
+#[test]
+fn who_is_told_of_a_scrub_holds_up_nobody() {
+    let (_, _, engine) = scene();
+    let mut told = 0;
+    let mut news = |state: &stillframe::volume::ScrubState| {
+        let now = engine.scrub_state();
+        assert!(now.running && now.grains >= state.grains);
+        assert!(engine.known_damage().is_empty());
+        told += 1;
+    };
+    engine.scrub(&OPTIONS, &mut news).unwrap();
+    assert!(told > 1, "{told}");
+}
+
+/// The file in which it keeps what it knows may say anything.
+#[test]
+fn a_foreign_state_of_the_scrub_does_no_harm() {
+    let (world, index, engine) = scene();
+    let good = views(&engine);
+    engine.scrub(&OPTIONS, &mut |_| {}).unwrap();
+    engine.close().unwrap();
+    drop(engine);
+    let text = String::from_utf8(world.peek("store/scrub").unwrap()).unwrap();
+    let known = |volume: u32, grain: u64| {
+        format!(
+            r#"{{"volume":{volume},"epoch":{0},"before":{0},"grain":{grain},"seen":0}}"#,
+            u64::MAX
+        )
+    };
+    let mut all = Vec::new();
+    for volume in [0, 1, 2, 1 << 31, (1 << 31) + 1, u32::MAX] {
+        for grain in [u64::MAX, u64::MAX - 1, 1 << 62, 1 << 51, 0] {
+            all.push(known(volume, grain));
+        }
+    }
+    let known = format!(r#""known":[{}]"#, all.join(","));
+    let text = text.replace(r#""known":[]"#, &known);
+    let position = format!(r#""position":[1,{}]"#, u64::MAX);
+    let text = text.replace(r#""position":null"#, &position);
+    assert!(text.contains(&known) && text.contains(&position), "{text}");
+    let disk = world.disk("store/scrub").unwrap();
+    disk.set_size(0).unwrap();
+    disk.write_all_at(0, &[text.as_bytes()]).unwrap();
+    let engine = Engine::open(env(&world, &index), settings()).unwrap();
+    drop(engine.known_damage());
+    engine.scrub(&OPTIONS, &mut |_| {}).unwrap();
+    drop(engine.known_damage());
+    assert_eq!(compare(&views(&engine), &good, "after"), []);
+}
