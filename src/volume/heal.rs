@@ -28,8 +28,8 @@ use crate::volume::space::has_room_for_map;
 
 /// How long it is not tried again after it failed.
 const PAUSE: Duration = Duration::from_secs(10);
-/// A segment may be removed while the log is read.
-const TRIES: u32 = 3;
+/// A segment may be removed, or cut to its end, while the log is read.
+const TRIES: u32 = 8;
 
 /// What is known of earlier attempts.
 #[derive(Default)]
@@ -110,7 +110,7 @@ impl Shared {
                     self.forget_again(volumes);
                     break;
                 }
-                Err(e) if e.kind() == Kind::NotFound => {}
+                Err(e) if matches!(e.kind(), Kind::NotFound | Kind::Io) => {}
                 Err(_) => break,
             }
         }

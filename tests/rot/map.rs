@@ -298,3 +298,119 @@ fn a_map_that_rots_while_it_is_used_is_made_again() {
     println!("{healed} of 30 were made again while they were used");
     assert!(healed > 5);
 }
+
+/// The map is made again and again while the store is written, snapshots come and go and space is freed:
+/// nothing that is published meanwhile is lost.
+#[test]
+fn a_map_is_made_again_while_the_store_is_written() {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+    struct End<'a>(&'a AtomicBool);
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Release);
+        }
+    }
+
+    const PAGES: u64 = 64;
+    let page = |n: u64| [n as u8, (n >> 8) as u8, (n >> 16) as u8, 1].repeat(1024);
+    for seed in 0..2 {
+        let world = SimWorld::new(seed);
+        let top = tempfile::tempdir().unwrap();
+        let map = top.path().join("map");
+        world.add_disk("a", PAGES * 4096);
+        let env = || env(&world, &map);
+        // Segments are cut while the log is read, but not all the time.
+        let settings = || stillframe::volume::Settings {
+            segment_bytes: 4 << 20,
+            ..settings()
+        };
+        Engine::create(&env(), &settings()).unwrap();
+        let engine = Engine::open(env(), settings()).unwrap();
+        let a = crate::stage::name("a");
+        let live = engine
+            .add_volume(&a, "a", stillframe::volume::VolumeOptions::default())
+            .unwrap();
+        let done = AtomicBool::new(false);
+        let mut now = vec![vec![0; 4096]; PAGES as usize];
+        let mut models = BTreeMap::new();
+        let check = |models: &BTreeMap<String, Vec<Vec<u8>>>, what: &str| {
+            for (name, model) in models {
+                let snapshot = engine.open_snapshot(&a, &crate::stage::name(name)).unwrap();
+                for (n, expect) in model.iter().enumerate() {
+                    let mut bytes = vec![0; 4096];
+                    snapshot.read_at(n as u64 * 4096, &mut bytes).unwrap();
+                    assert!(bytes == *expect, "seed {seed} {what} {name} page {n}");
+                }
+            }
+        };
+        let made = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let healer = scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    engine.rebuild_map().unwrap();
+                    made.fetch_add(1, Ordering::AcqRel);
+                }
+            });
+            let keeper = scope.spawn(|| {
+                while !done.load(Ordering::Acquire) {
+                    engine.maintain().unwrap();
+                }
+            });
+            // Also if it ends by a panic: the others would never end.
+            let end = End(&done);
+            let mut chance = Chance(seed);
+            for step in (1..).take_while(|_| made.load(Ordering::Acquire) < 5) {
+                if step % 8 == 1 {
+                    let name = format!("s{step}");
+                    engine
+                        .take_snapshots(&[(a.clone(), crate::stage::name(&name))])
+                        .unwrap();
+                    models.insert(name, now.clone());
+                }
+                if models.len() > 6 {
+                    let nth = chance.below(models.len() as u64) as usize;
+                    let name = models.keys().nth(nth).unwrap().clone();
+                    engine
+                        .delete_snapshot(&a, &crate::stage::name(&name))
+                        .unwrap();
+                    models.remove(&name);
+                }
+                let at = chance.below(PAGES);
+                live.write_at(at * 4096, &page(seed * 100_000 + step), true)
+                    .unwrap();
+                now[at as usize] = page(seed * 100_000 + step);
+                if step % 20 == 0 {
+                    check(&models, "meanwhile");
+                }
+            }
+            drop(end);
+            keeper.join().unwrap();
+            healer.join().unwrap();
+        });
+        check(&models, "after");
+        while engine.maintain().unwrap() {}
+        check(&models, "freed");
+        drop(live);
+        drop(engine);
+        world.power_cut();
+        let engine = Engine::open(env(), settings()).unwrap();
+        for (name, model) in &models {
+            let snapshot = engine.open_snapshot(&a, &crate::stage::name(name)).unwrap();
+            for (n, expect) in model.iter().enumerate() {
+                let mut bytes = vec![0; 4096];
+                snapshot.read_at(n as u64 * 4096, &mut bytes).unwrap();
+                assert!(bytes == *expect, "seed {seed} reopened {name} page {n}");
+            }
+        }
+        engine.close().unwrap();
+        drop(engine);
+        let audit = audit::offline(&env(), Share::ALL, seed).unwrap();
+        let mut wrong = audit.findings.iter();
+        assert!(
+            wrong.all(|f| f.severity == Severity::Note),
+            "{seed}: {:#?}",
+            audit.findings
+        );
+    }
+}
