@@ -12,8 +12,8 @@
 //! - *checkpoint*: nothing is outstanding;
 //! - *preserved*: about all of the log that may lie behind a checkpoint (nearly 96 MiB: two segments,
 //!   of which the first counts half, see `checkpoint_due` in `volume/reclaim.rs`), of first overwrites;
-//! - *zeros*: the same of first writes to single grains of a sparse source, whose records have no payload.
-//!   No other load has as many records in as much log.
+//! - *zeros*: the same of first overwrites of single grains of zeros, whose records have no payload: most records
+//!   in as much log.
 //!
 //! Each with a warm page cache and (for root) an empty one. What is outstanding is not assumed but read from
 //! the store between the kill and the start, from a copy of the map and with a scan of the log.
@@ -22,6 +22,7 @@
 //! | --- | --- |
 //! | `STILLFRAME_RECOVERY_EXTENTS` | extents, 20,000 by default, which takes seconds; a million needs 20 GB of disk and minutes |
 //! | `STILLFRAME_RECOVERY_ROUNDS` | starts of each kind, 3 by default |
+//! | `STILLFRAME_RECOVERY_ONLY` | one of the three names: that state only |
 //!
 //! Nothing is left behind, also when it fails. It promises no time: it prints them.
 
@@ -44,8 +45,8 @@ use stillframe::log::superblock::slots;
 use stillframe::map::ExtentMap;
 use stillframe::map::index::IndexHome;
 use stillframe::map::sled_index::SledHome;
-use stillframe::sys::disk::{Dir, Disk};
-use stillframe::sys::file::{FileDir, FileDisk};
+use stillframe::sys::disk::Dir;
+use stillframe::sys::file::FileDir;
 
 use rig::{PATIENCE, Rig, can_mount, setting, touch};
 
@@ -61,7 +62,7 @@ const STILL: u8 = 0x5a;
 const FIRST: u8 = 1;
 /// Pieces whose first overwrites fill nearly as much log as may be outstanding.
 const PRESERVED: u64 = 170;
-/// The same of first writes to a sparse source.
+/// The same of first overwrites of zeros.
 const ZEROS: u64 = 8200;
 /// A store from which on the outstanding log is of full size.
 const FULL: u64 = 500_000;
@@ -119,7 +120,11 @@ fn main() {
         "| outstanding | page cache | n | median ms | min | max | MiB of log | batches | records | source's sync ms |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |");
-    for state in [State::Checkpoint, State::Preserved, State::Zeros] {
+    let only = std::env::var("STILLFRAME_RECOVERY_ONLY").ok();
+    let states = [State::Checkpoint, State::Preserved, State::Zeros];
+    let wanted = |state: &State| only.as_deref().is_none_or(|name| name == state.name());
+    assert!(states.iter().any(wanted), "no state is called {only:?}");
+    for state in states.into_iter().filter(wanted) {
         for cold in [false, true] {
             if cold && !can_drop() {
                 println!(
@@ -153,8 +158,8 @@ impl Bench {
             full,
             value: FIRST,
         };
-        let sparse = bench.rig.source("zeros.img", bench.zeros() * PIECE);
-        let volumes = [("disk", source), ("zeros", sparse)];
+        let zeros = bench.rig.source("zeros.img", bench.zeros() * PIECE);
+        let volumes = [("disk", source), ("zeros", zeros)];
         let named = volumes.map(|(name, path)| format!("{name}={}", path.display()));
         bench
             .rig
@@ -169,7 +174,19 @@ impl Bench {
         bench
     }
 
-    /// Pieces of the sparse source.
+    /// Makes the second source zeros from end to end.
+    fn clear_zeros(&self) {
+        let file = OpenOptions::new()
+            .write(true)
+            .open(self.rig.at("zeros.img"));
+        let (file, zeros) = (file.unwrap(), vec![0; PIECE as usize]);
+        for at in 0..self.zeros() {
+            file.write_all_at(&zeros, at * PIECE).unwrap();
+        }
+        file.sync_data().unwrap();
+    }
+
+    /// Pieces of the second source.
     fn zeros(&self) -> u64 {
         if self.full { ZEROS } else { 2 * PRESERVED }
     }
@@ -266,12 +283,13 @@ impl Bench {
                 fs::remove_file(last).unwrap();
             }
         }
-        let zeros = FileDisk::open(&self.rig.live("zeros"), true).unwrap();
-        if zeros.next_data(0).unwrap().is_some() {
-            zeros.punch(0, self.zeros() * PIECE).unwrap();
-            zeros.sync_data().unwrap();
+        if state == State::Zeros {
+            // Nothing depends on its content now. Overwritten, not cut: some filesystems tell the device
+            // of every freed block before they go on.
+            self.rig.umount();
+            self.clear_zeros();
+            self.rig.mount();
         }
-        drop(zeros);
         // The start's own checkpoint, and the reclaim of what was just deleted.
         self.settle();
         match state {
@@ -417,7 +435,12 @@ fn copy_dir(from: &Path, to: &Path) {
     for (path, name) in entries(from) {
         match path.is_dir() {
             true => copy_dir(&path, &to.join(name)),
-            false => drop(fs::copy(&path, to.join(name)).unwrap()),
+            false => {
+                let to = to.join(name);
+                fs::copy(&path, &to).unwrap();
+                // So that no sync of the daemon has to wait for it.
+                File::open(to).unwrap().sync_all().unwrap();
+            }
         }
     }
 }
