@@ -20,7 +20,7 @@
 //!
 //! | variable | meaning |
 //! | --- | --- |
-//! | `STILLFRAME_RECOVERY_EXTENTS` | extents, 20,000 by default, which takes seconds; a million needs 20 GB of disk and minutes |
+//! | `STILLFRAME_RECOVERY_EXTENTS` | extents, 20,000 by default, with less outstanding (from 500,000 on it is all); a million needs 20 GB of disk and minutes |
 //! | `STILLFRAME_RECOVERY_ROUNDS` | starts of each kind, 3 by default |
 //! | `STILLFRAME_RECOVERY_ONLY` | one of the three names: that state only |
 //!
@@ -64,6 +64,8 @@ const FIRST: u8 = 1;
 const PRESERVED: u64 = 170;
 /// The same of first overwrites of zeros.
 const ZEROS: u64 = 8200;
+/// Instead of both, in a small store.
+const SMALL: u64 = 30;
 /// A store from which on the outstanding log is of full size.
 const FULL: u64 = 500_000;
 
@@ -174,6 +176,11 @@ impl Bench {
         bench
     }
 
+    /// Pieces that are overwritten before a kill.
+    fn preserved(&self) -> u64 {
+        if self.full { PRESERVED } else { SMALL }
+    }
+
     /// Makes the second source zeros from end to end.
     fn clear_zeros(&self) {
         let file = OpenOptions::new()
@@ -188,7 +195,7 @@ impl Bench {
 
     /// Pieces of the second source.
     fn zeros(&self) -> u64 {
-        if self.full { ZEROS } else { 2 * PRESERVED }
+        if self.full { ZEROS } else { SMALL }
     }
 
     /// Writes pieces through the mount, of which only every second grain changes.
@@ -296,7 +303,7 @@ impl Bench {
             State::Checkpoint => {}
             State::Preserved => {
                 touch(&self.rig.snapshot("disk", "last")).unwrap();
-                let pieces: Vec<u64> = (0..self.pieces.min(PRESERVED)).collect();
+                let pieces: Vec<u64> = (0..self.pieces.min(self.preserved())).collect();
                 self.overwrite("disk", &pieces);
             }
             State::Zeros => {
