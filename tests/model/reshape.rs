@@ -1,5 +1,7 @@
 //! Revert and resize.
 
+use std::collections::BTreeSet;
+
 use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
 use stillframe::volume::SnapshotState;
@@ -50,6 +52,7 @@ impl Run {
 
     /// A revert may write what was written since, and nothing else.
     fn note_revert(&mut self, v: usize, name: &str) {
+        let of_grain = self.volume(v).info().grain.bytes() / crate::sim::PAGE;
         let model = &mut self.volumes[v];
         let target = model.snapshots[name].clone();
         let since = model.intervals.range(target.instant..);
@@ -59,8 +62,13 @@ impl Run {
             target.size.max(model.live.size),
         );
         touched.extend(pages(a, b - a));
+        // It writes whole grains, zeros among them: a discard finds data there from then on.
+        let grains: BTreeSet<u64> = (touched.iter().chain(target.content.0.keys()))
+            .map(|page| page / of_grain.max(1))
+            .collect();
+        let whole = |grain: u64| grain * of_grain.max(1)..(grain + 1) * of_grain.max(1);
+        model.live.ever.extend(grains.into_iter().flat_map(whole));
         model.note_pages(touched);
-        model.live.ever.extend(target.content.0.keys());
         model.touched = true;
     }
 
