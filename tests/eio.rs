@@ -21,6 +21,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use rig::{Attached, Rig, Running, can_loop, can_mount, eventually, must, skip};
 
@@ -149,11 +150,16 @@ fn read(path: &Path, n: u64) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// One test at a time: a filesystem that is looked at afresh must come back under its device number. A store
+/// that was killed and comes back under another one within a boot takes itself for a copy.
+static ALONE: Mutex<()> = Mutex::new(());
+
 #[test]
 fn a_log_on_a_failing_device_refuses_and_goes_on_in_a_new_segment() {
     if !can_fail_a_device() {
         return;
     }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let top = tempfile::tempdir().unwrap();
     let mut failing = Failing::new(top.path());
     let mut rig = Rig::with_store(failing.at.join("store"));
@@ -218,6 +224,7 @@ fn a_failed_sync_of_a_source_stays_failed_until_an_operator_accepts() {
     if !can_fail_a_device() {
         return;
     }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let top = tempfile::tempdir().unwrap();
     let failing = Failing::new(top.path());
     let mut rig = Rig::new();
