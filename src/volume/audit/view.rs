@@ -81,6 +81,7 @@ impl View {
             view: &mut view,
             audit,
             have_catalog: false,
+            before: BTreeMap::new(),
             adjoins: false,
             segment: u32::MAX,
             at: None,
@@ -227,8 +228,11 @@ struct Replay<'a, 's> {
     audit: &'a mut Audit,
     /// Every segment begins with a CATALOG; before one was read records have nothing to apply to.
     have_catalog: bool,
-    /// No segment is missing before the one that is read.
+    /// What each segment says lies before it.
+    before: BTreeMap<u32, u32>,
+    /// No segment is missing before the one that is read, and none without a batch lies between.
     adjoins: bool,
+    /// That of the last batch.
     segment: u32,
     /// Where the map has come to.
     at: Option<Applied>,
@@ -241,8 +245,7 @@ impl Replay<'_, '_> {
         match event {
             Event::Segment { number, before } => {
                 self.audit.segments += 1;
-                self.adjoins = before == self.segment;
-                self.segment = number;
+                self.before.insert(number, before);
                 Ok(())
             }
             Event::Lost { first, .. } if beyond(first) => Ok(()),
@@ -274,6 +277,9 @@ impl Replay<'_, '_> {
     }
 
     fn batch(&mut self, lsn: Lsn, place: Place, end: u64, records: &[Record]) -> Result<()> {
+        let follows = |segment: u32| Some(&segment) == self.before.get(&place.segment);
+        self.adjoins = place.segment == self.segment || follows(self.segment);
+        self.segment = place.segment;
         for record in records {
             if record.kind == RecordType::Catalog {
                 self.document(record, place)?;
