@@ -63,7 +63,7 @@ pub enum Bug {
     OverlayUnsynced,
     /// The log goes on in a segment while the head of a successor that was given up may come back.
     HeadKept,
-    /// Of several segments that go at once, each is cut to its end just before the link that says it goes.
+    /// Of several segments that go at once, each is cut only when its successor, whose link says where it ends, goes.
     LinkFirst,
 }
 

@@ -92,8 +92,7 @@ fn any_signal_at_any_moment() {
                 sender.send(names[chance.below(5) as usize]);
             }
             sender.send("CONT");
-            // Without QUIT, which dumps core: twice, under load, a daemon was not gone a minute after it.
-            let end = ["TERM", "INT", "HUP", "USR2", "ALRM"][chance.below(5) as usize];
+            let end = ["TERM", "INT", "HUP", "QUIT", "USR2", "ALRM"][chance.below(6) as usize];
             sender.send(end);
             if chance.below(3) == 0 {
                 std::thread::sleep(Duration::from_millis(chance.below(30)));
