@@ -289,7 +289,12 @@ pub fn decode(bytes: &[u8], keys: &Keys) -> Result<(Batch, Sum128)> {
 fn lies_in(record: &Record, blocks: &std::ops::Range<u64>) -> bool {
     let start = u64::from(record.payload.block);
     let end = start + u64::from(record.payload.len).div_ceil(BLOCK);
-    record.is_sound() && (record.payload.len == 0 || (start >= blocks.start && end <= blocks.end))
+    // Also a record without payload has a place, and that is counted with.
+    let placed = match record.payload.len {
+        0 => start == 0,
+        _ => start >= blocks.start && end <= blocks.end,
+    };
+    record.is_sound() && placed
 }
 
 impl Previous {
@@ -375,7 +380,7 @@ mod tests {
         // The first batch of a log, and the largest of all grains.
         assert!(read(&|b| b.previous = Previous::default()).is_ok());
         assert!(read(&|b| b.records[1].first = u64::from(u32::MAX)).is_ok());
-        let bad: [&dyn Fn(&mut Batch); 11] = [
+        let bad: [&dyn Fn(&mut Batch); 12] = [
             &|b| b.lsn = 0,
             &|b| b.lsn = u64::MAX,
             &|b| b.previous.lsn = b.lsn,
@@ -387,6 +392,8 @@ mod tests {
             &|b| b.records[0].body.truncate(8),
             &|b| b.records[0].payload.len = 4096,
             &|b| b.records[0].payload.block = 2,
+            // A place, and no payload that lies there: it may be further on than segments go.
+            &|b| b.records[1].payload.block = u32::MAX,
             &|b| b.records[0].first = crate::units::GRAINS_MAX - 1,
         ];
         for (n, change) in bad.iter().enumerate() {

@@ -286,7 +286,9 @@ impl Scan<'_> {
 impl State<'_, '_> {
     fn segment(&mut self, segment: &Segment, is_last: bool) -> Result<()> {
         let size = segment.disk.size().context(|| "cannot stat a segment")?;
+        // No segment is larger than its blocks have numbers.
         let end = segment.end.map_or(size, |end| end.min(size));
+        let end = end.min(u64::from(u32::MAX) * BLOCK);
         (self.visit)(Event::Segment {
             number: segment.number,
             before: segment.head.before.segment,
