@@ -12,6 +12,10 @@
 //! - It panics where others return an error. Every call is guarded; after a panic or a failed
 //!   sync the handle refuses (`Damaged` or `Io`) and only opening again helps.
 //!
+//! - A start writes a summary of its log beside its file, as `snap.N.generating`, and renames it when it is
+//!   whole. What a kill or a full disk left of one it takes for the newest summary at the next start, and
+//!   refuses. So such a file is removed first; the summary before it is still there.
+//!
 //! A key's pieces are `key ++ [i]`; piece 0 starts with the value's length (u32, little-endian). Other
 //! pieces follow without gap. A batch of sled is atomic, also over a crash; `pieces` keeps readers
 //! from seeing half of one. Locks: `pieces` only; nothing is called with it held but sled.
@@ -139,6 +143,7 @@ impl SledIndex {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             made => made.context(what)?,
         }
+        remove_unfinished(path).context(what)?;
         let db = start(path, &what())?;
         let file = File::options()
             .read(true)
@@ -238,6 +243,19 @@ impl SledIndex {
         }
         Ok(Some((len, bytes.to_vec())))
     }
+}
+
+/// Removes what is left of summaries that were not finished. See the head of the file.
+fn remove_unfinished(path: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Starts sled. It lets go of its lock some time after it was dropped, when its own threads are done;
@@ -397,6 +415,37 @@ mod tests {
             assert_eq!(index.get(&key(n)).unwrap(), Some(value(n, len)));
         }
         assert_eq!(index.get(&key(100)).unwrap(), None);
+    }
+
+    /// What a kill or a full disk leaves of a summary that sled was writing is no damage.
+    #[test]
+    fn an_unfinished_summary_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = SledHome::new(dir.path().join("map"));
+        let put = |n| {
+            let index = home.open().unwrap();
+            index.apply(vec![(key(n), Some(value(n, 100)))]).unwrap();
+            index.checkpoint().unwrap();
+        };
+        let summaries = || -> Vec<String> {
+            let names = fs::read_dir(dir.path().join("map")).unwrap();
+            let names = names.map(|e| e.unwrap().file_name().into_string().unwrap());
+            names.filter(|name| name.starts_with("snap.")).collect()
+        };
+        put(1);
+        put(2);
+        // The name sorts behind those of all that are whole, as the next one's would.
+        for (n, rest) in (3..).zip([&b""[..], b"cut short", &[0; 64]]) {
+            assert!(!summaries().is_empty(), "sled keeps no summary any more");
+            let left = dir.path().join("map/snap.00000000FFFFFFFF.generating");
+            fs::write(&left, rest).unwrap();
+            put(n);
+            assert!(!left.exists());
+            let index = home.open().unwrap();
+            for n in 1..=n {
+                assert_eq!(index.get(&key(n)).unwrap(), Some(value(n, 100)));
+            }
+        }
     }
 
     #[test]
