@@ -104,8 +104,10 @@ impl Stage {
         self.index.kill(1);
     }
 
+    /// The files of clones, but for their checksums.
     fn overlays(&self) -> Vec<String> {
         let mut names = self.world.dir("store/clones").list().unwrap();
+        names.retain(|name| !name.ends_with(".sums"));
         names.sort();
         names
     }

@@ -115,6 +115,7 @@ fn settings() -> Settings {
         map_cache_bytes: 64 << 10,
         segment_bytes: 2 * MIB,
         checkpoint_bytes: MIB,
+        settle_rounds: 1,
         ..Settings::default()
     }
 }

@@ -75,6 +75,18 @@ pub fn policy_name(policy: OnFull) -> &'static str {
     }
 }
 
+/// Reads a share as `25%` or `25`, in hundredths.
+///
+/// # Errors
+/// One line for the argument parser.
+pub fn percent(text: &str) -> Result<u32, String> {
+    let number = text.strip_suffix('%').unwrap_or(text);
+    match number.parse() {
+        Ok(percent @ 1..=100) => Ok(percent),
+        _ => Err("a share is written 1% to 100%".to_owned()),
+    }
+}
+
 /// `VOL@NAME`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotArg {

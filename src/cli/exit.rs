@@ -14,6 +14,8 @@ pub const DONE: u8 = 0;
 pub const USAGE: u8 = 2;
 /// Something was skipped.
 pub const INCOMPLETE: u8 = 3;
+/// Something was wrong, and all of it is mended.
+pub const REPAIRED: u8 = 10;
 /// Stopped by Ctrl-C.
 pub const INTERRUPTED: u8 = 130;
 

@@ -17,6 +17,7 @@ pub mod interrupt;
 pub mod man;
 pub mod mount;
 pub mod out;
+pub mod scrub;
 pub mod snapshot;
 pub mod status;
 pub mod umount;
@@ -50,7 +51,7 @@ pub struct Cli {
 }
 
 const AFTER: &str = "Exit codes: 0 done, 1 failed, 2 usage, 3 incomplete, 4 not found, \
-    5 exists or busy, 6 locked or no daemon, 7 damaged, 8 no space, 9 permission, 130 interrupted.";
+    5 exists or busy, 6 locked or no daemon, 7 damaged, 8 no space, 9 permission, 10 repaired, 130 interrupted.";
 
 /// Commands.
 #[derive(Debug, Subcommand)]
@@ -75,8 +76,10 @@ pub enum Command {
     Diff(diff::DiffArgs),
     /// Show the state of a store
     Status(status::StatusArgs),
-    /// Check a store that is not mounted
+    /// Check a store
     Check(check::CheckArgs),
+    /// Read and verify all preserved content, and mend what can be mended
+    Scrub(scrub::ScrubArgs),
     /// Look for what would keep Stillframe from working; clean stale mounts of ours
     Doctor(doctor::DoctorArgs),
     /// Show the whole loop on a scratch volume, step by step
@@ -141,6 +144,7 @@ fn run(cli: &Cli) -> Result<u8> {
         Command::Diff(args) => done(diff::run(args, &store()?)),
         Command::Status(args) => done(status::run(args, &store()?)),
         Command::Check(args) => check::run(args, &store()?),
+        Command::Scrub(args) => scrub::run(args, &store()?),
         Command::Doctor(args) => doctor::run(args, &store()?),
         Command::Demo(args) => done(demo::run(args)),
         Command::Completions(args) => done(completions::run(args)),

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{bookmark, clone, out, snapshot, volume, work};
 use crate::daemon::protocol::{
-    Answer, BookmarkRow, CloneRow, Report, Request, SnapshotRow, ThinRow,
+    Answer, BookmarkRow, CloneRow, Report, Request, ScrubRow, SnapshotRow, ThinRow,
 };
 use crate::daemon::watchdog;
 use crate::error::Result;
@@ -104,7 +104,33 @@ fn text(report: &Report) -> String {
     if !reasons.is_empty() {
         parts.push(reasons.join("\n"));
     }
+    if let Some(line) = scrub_line(&report.scrub) {
+        parts[0].push_str(&line);
+    }
+    let damaged = report.scrub.damaged.iter();
+    let damaged: Vec<String> = damaged
+        .map(|f| super::exit::safe(&super::check::line(f)))
+        .collect();
+    if !damaged.is_empty() {
+        parts.push(damaged.join("\n"));
+    }
     parts.join("\n\n")
+}
+
+/// When the last scrub was, and what came of it.
+fn scrub_line(scrub: &ScrubRow) -> Option<String> {
+    let started = scrub.started.as_ref()?;
+    let when = match (&scrub.finished, scrub.running) {
+        (_, true) => format!("running since {started}"),
+        (Some(finished), _) => format!("ended {finished}"),
+        (None, _) => format!("begun {started}, cut off"),
+    };
+    Some(format!(
+        "\nscrub    {when}; {} read, {} damaged blocks, {} mended",
+        out::size(scrub.bytes),
+        scrub.found,
+        scrub.mended
+    ))
 }
 
 /// What is left, and how long that lasts.

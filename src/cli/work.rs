@@ -16,7 +16,7 @@ use crate::daemon::{client, jobs, places};
 use crate::error::{Error, Kind, Result};
 
 /// How long a store may be locked by somebody who does not answer; in the documents too.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Has one job done. With `may_create` an absent or empty store directory becomes a store first.
 ///

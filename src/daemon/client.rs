@@ -42,7 +42,12 @@ pub fn connect(store: &Path) -> Result<Option<Connection>> {
             stream: BufReader::new(stream),
             until: None,
         })),
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+        Err(e)
+            if matches!(
+                e.kind(),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused | ErrorKind::NotADirectory
+            ) =>
+        {
             Ok(None)
         }
         Err(e) => Err(Error::io(
@@ -150,6 +155,8 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         assert!(connect(top.path()).unwrap().is_none());
         assert!(connect(&top.path().join("absent")).unwrap().is_none());
+        fs::write(top.path().join("file"), "").unwrap();
+        assert!(connect(&top.path().join("file")).unwrap().is_none());
         // A socket nobody listens on any more: what a killed daemon leaves.
         drop(std::os::unix::net::UnixListener::bind(top.path().join(SOCKET)).unwrap());
         assert!(connect(top.path()).unwrap().is_none());

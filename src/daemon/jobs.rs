@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::daemon::places;
-use crate::daemon::protocol::{Answer, Choices, NewSize, Origin, Request, RevertRow, VolumeRow};
+use crate::daemon::protocol::{
+    Answer, Checked, Choices, NewSize, Origin, Request, RevertRow, VolumeRow,
+};
 use crate::daemon::status::{self, Place};
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -16,8 +18,13 @@ use crate::image::diff::{DiffList, LIVE, extents};
 use crate::image::live::LiveImage;
 use crate::tree::{Tree, TreeError};
 use crate::units::{Grain, Name};
-use crate::volume::{Engine, OnFull, Reverted, VolumeInfo, VolumeOptions};
+use crate::volume::audit::{Finding, Severity};
+use crate::volume::{
+    Engine, OnFull, Reverted, ScrubOptions, ScrubState, VolumeInfo, VolumeOptions,
+};
 
+/// Bytes a second that a scrub reads beside live work, where nobody says.
+const SCRUB_RATE: u64 = 64 << 20;
 /// How often a long job says how far it is.
 const NEWS: Duration = Duration::from_secs(1);
 
@@ -111,8 +118,95 @@ pub fn run(scene: Scene<'_>, request: &Request, progress: &mut dyn FnMut(&str)) 
         Request::Diff { volume, from, to } => {
             diff(engine, &Name::new(volume)?, &Name::new(from)?, to)
         }
+        Request::Check { percent, repair } => check(scene, *percent, *repair, progress),
+        Request::Scrub {
+            volume,
+            percent,
+            rate,
+            repair,
+            restart,
+        } => {
+            let volume = volume.as_deref().map(Name::new).transpose()?;
+            let usual = if scene.tree.is_some() { SCRUB_RATE } else { 0 };
+            let options = ScrubOptions {
+                volume,
+                percent: *percent,
+                rate: rate.unwrap_or(usual),
+                repair: *repair,
+                restart: *restart,
+            };
+            scrub(engine, &options, progress)?;
+            Ok(Answer::Scrubbed(Box::new(status::scrub_row(engine))))
+        }
         Request::Unmount { .. } => Err(Error::new(Kind::Locked, "no daemon serves this store")),
     }
+}
+
+/// Scrubs, and says every second how far it is.
+fn scrub(
+    engine: &Engine,
+    options: &ScrubOptions,
+    progress: &mut dyn FnMut(&str),
+) -> Result<ScrubState> {
+    let mut next = Instant::now() + NEWS;
+    engine.scrub(options, &mut |state| {
+        if Instant::now() >= next {
+            let (bytes, found) = (state.bytes, state.found);
+            progress(&format!("{bytes} bytes read, {found} damaged blocks"));
+            next = Instant::now() + NEWS;
+        }
+    })
+}
+
+/// Checks an open store.
+fn check(
+    scene: Scene<'_>,
+    percent: u32,
+    repair: bool,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Answer> {
+    let Scene { engine, place, .. } = scene;
+    let mut audit = engine.audit()?;
+    let mut map_rebuilt = false;
+    if repair && audit.map_to_rebuild {
+        engine.rebuild_map()?;
+        map_rebuilt = true;
+        let again = engine.audit()?;
+        for finding in &mut audit.findings {
+            let left = |f: &Finding| (&f.check, &f.name) == (&finding.check, &finding.name);
+            // What else is gone was not mended, it only cannot be seen any more.
+            let mended = matches!(finding.check.as_str(), "map" | "bitmap");
+            finding.repaired =
+                mended && finding.severity != Severity::Note && !again.findings.iter().any(left);
+        }
+    }
+    if percent > 0 {
+        let options = ScrubOptions {
+            volume: None,
+            percent,
+            rate: if scene.tree.is_some() { SCRUB_RATE } else { 0 },
+            repair,
+            restart: true,
+        };
+        let read = scrub(engine, &options, progress)?;
+        (audit.grains_read, audit.grains_needed) = (read.grains, read.needed);
+        if read.mended > 0 {
+            let why = format!(
+                "{} damaged blocks were mended from good copies",
+                read.mended
+            );
+            let mut mended =
+                Finding::new(Severity::Damage, "payload", "store", "log", "damaged").because(why);
+            mended.repaired = true;
+            audit.findings.push(mended);
+        }
+    }
+    audit.findings.extend(engine.known_damage());
+    Ok(Answer::Checked(Box::new(Checked {
+        audit,
+        map_rebuilt,
+        report: status::report(engine, place),
+    })))
 }
 
 /// The options of a new volume: what was chosen, else the defaults.

@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::image::diff::DiffList;
 use crate::units::escape;
 use crate::volume::OnFull;
+use crate::volume::audit::{Audit, Finding};
 
 /// Longest request line in bytes.
 pub const REQUEST_MAX: u64 = 1 << 20;
@@ -209,6 +210,26 @@ pub enum Request {
         /// The newer snapshot, or `live`.
         to: String,
     },
+    /// Holds what the store says against everything else it says.
+    Check {
+        /// Share of the preserved content to read, in hundredths.
+        percent: u32,
+        /// Mend what is certain.
+        repair: bool,
+    },
+    /// Reads preserved content and mends what has a good copy.
+    Scrub {
+        /// Only of this volume.
+        volume: Option<String>,
+        /// Share of it, in hundredths.
+        percent: u32,
+        /// Bytes a second; 0 for as fast as it goes.
+        rate: Option<u64>,
+        /// Mend what has a good copy.
+        repair: bool,
+        /// Begin anew.
+        restart: bool,
+    },
     /// Unmounts, closes the store and ends the daemon.
     Unmount {
         /// How.
@@ -247,6 +268,10 @@ pub enum Answer {
     Bookmarks(Vec<BookmarkRow>),
     /// To `Diff`.
     Diff(Box<DiffList>),
+    /// To `Check`.
+    Checked(Box<Checked>),
+    /// To `Scrub`.
+    Scrubbed(Box<ScrubRow>),
 }
 
 /// A line from the daemon.
@@ -293,6 +318,9 @@ pub struct Report {
     pub log_bytes: Option<u64>,
     /// The thin target as a whole; absent when it cannot be counted.
     pub thin: Option<ThinRow>,
+    /// The last scrub, and what is known damaged.
+    #[serde(default)]
+    pub scrub: ScrubRow,
     /// The volumes, by name.
     pub volumes: Vec<VolumeRow>,
     /// What is under way for longer than it should be, the oldest first.
@@ -316,6 +344,42 @@ pub struct StuckRow {
     pub quiet_seconds: u64,
     /// What it waits for.
     pub phase: String,
+}
+
+/// What a check of an open store found.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Checked {
+    /// Of its structures, and of its content as far as that was asked for.
+    pub audit: Audit,
+    /// The extent map was made again.
+    pub map_rebuilt: bool,
+    /// The state after it.
+    pub report: Report,
+}
+
+/// The last scrub, or the running one.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ScrubRow {
+    /// One runs now.
+    pub running: bool,
+    /// When it began, ISO 8601; absent if there never was one.
+    pub started: Option<String>,
+    /// When one last came to its end, ISO 8601.
+    pub finished: Option<String>,
+    /// When one last came to its end, seconds since 1970.
+    pub finished_unix: Option<f64>,
+    /// Share of the blocks it reads, in hundredths.
+    pub percent: u32,
+    /// Blocks that were read.
+    pub grains: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Damaged blocks that were found.
+    pub found: u64,
+    /// Damaged blocks that were mended.
+    pub mended: u64,
+    /// What is known damaged and still needed, also from reads.
+    pub damaged: Vec<Finding>,
 }
 
 /// The thin target: the log and the clones.

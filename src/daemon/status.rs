@@ -8,7 +8,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::daemon::protocol::{BookmarkRow, CloneRow, Report, SnapshotRow, ThinRow, VolumeRow};
+use crate::daemon::protocol::{
+    BookmarkRow, CloneRow, Report, ScrubRow, SnapshotRow, ThinRow, VolumeRow,
+};
 use crate::daemon::timestamp;
 use crate::error::{Kind, Result};
 use crate::units::escape;
@@ -38,6 +40,7 @@ pub fn report(engine: &Engine, place: &Place) -> Report {
             measured_seconds: thin.measured_s,
             full_in_seconds: thin.full_in_s,
         }),
+        scrub: scrub_row(engine),
         volumes: engine
             .volumes()
             .iter()
@@ -57,9 +60,28 @@ pub fn nothing(place: &Place) -> Report {
         mountpoint: place.mountpoint.as_deref().map(shown),
         log_bytes: None,
         thin: None,
+        scrub: ScrubRow::default(),
         volumes: Vec::new(),
         stuck: Vec::new(),
         unanswered: false,
+    }
+}
+
+/// The last scrub, and what is known damaged.
+pub fn scrub_row(engine: &Engine) -> ScrubRow {
+    let state = engine.scrub_state();
+    let time = |ns: i64| (ns != 0).then(|| timestamp::precise(ns));
+    ScrubRow {
+        running: state.running,
+        started: time(state.started_ns),
+        finished: time(state.finished_ns),
+        finished_unix: (state.finished_ns != 0).then_some(state.finished_ns as f64 / 1e9),
+        percent: state.percent,
+        grains: state.grains,
+        bytes: state.bytes,
+        found: state.found,
+        mended: state.mended,
+        damaged: engine.known_damage(),
     }
 }
 
@@ -237,6 +259,7 @@ pub fn metrics(report: &Report) -> String {
         &mut [(String::new(), report.stuck.len() as f64)].into_iter(),
     );
     thin_metrics(report, &mut gauge);
+    scrub_metrics(&report.scrub, &mut gauge);
     gauge(
         "volume_size_bytes",
         "Size of the volume.",
@@ -322,6 +345,46 @@ fn thin_metrics(report: &Report, gauge: &mut Gauge<'_>) {
         "thin_full_seconds",
         "Time until the thin target is full if it goes on growing like that.",
         thin.and_then(|t| t.full_in_seconds).map(|v| v as f64),
+    );
+}
+
+fn scrub_metrics(scrub: &ScrubRow, gauge: &mut Gauge<'_>) {
+    let mut one = |name: &str, help: &str, value: Option<f64>| {
+        gauge(
+            name,
+            help,
+            &mut value.into_iter().map(|v| (String::new(), v)),
+        );
+    };
+    one(
+        "scrub_running",
+        "1 while a scrub runs.",
+        Some(f64::from(u8::from(scrub.running))),
+    );
+    one(
+        "scrub_finished_timestamp_seconds",
+        "When a scrub last came to its end; absent if none did.",
+        scrub.finished_unix,
+    );
+    one(
+        "scrub_read_bytes",
+        "Bytes that the last scrub has read.",
+        Some(scrub.bytes as f64),
+    );
+    one(
+        "scrub_damaged_blocks",
+        "Damaged blocks that the last scrub has found.",
+        Some(scrub.found as f64),
+    );
+    one(
+        "scrub_mended_blocks",
+        "Damaged blocks that the last scrub has mended.",
+        Some(scrub.mended as f64),
+    );
+    one(
+        "damaged_points",
+        "Snapshots and clones of which some bytes are known damaged.",
+        Some(scrub.damaged.len() as f64),
     );
 }
 
@@ -429,6 +492,7 @@ mod tests {
                 measured_seconds: 60,
                 full_in_seconds: Some(77),
             }),
+            scrub: ScrubRow::default(),
             volumes: vec![volume],
             stuck: Vec::new(),
             unanswered: false,
@@ -454,7 +518,7 @@ mod tests {
                 samples += 1;
             }
         }
-        assert_eq!(samples, 23);
+        assert_eq!(samples, 28);
         assert!(!text.contains("\nstillframe_thin_limit_bytes "));
         assert!(text.contains("stillframe_thin_full_seconds 77\n"));
         assert!(text.contains("stillframe_log_bytes 9\n"));

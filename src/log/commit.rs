@@ -377,6 +377,15 @@ impl Log {
         (Lsn(writer.tail.lsn), writer.tail.segment, writer.tail.end)
     }
 
+    /// As [`Log::end`], but for a seal at the end: it says nothing, so whoever has taken in all before it
+    /// has taken in all, and it can be lost without anybody missing it.
+    pub fn end_said(&self) -> (Lsn, u32, u64) {
+        let writer = lock(&self.writer);
+        let seal = u64::from(writer.previous.records.is_empty());
+        let lsn = writer.tail.lsn.saturating_sub(seal);
+        (Lsn(lsn), writer.tail.segment, writer.tail.end)
+    }
+
     /// Bytes of the current segment that are written ahead, to be used by the next batches.
     pub fn written_ahead(&self) -> u64 {
         let writer = lock(&self.writer);
@@ -426,6 +435,39 @@ impl Log {
         self.segment(place.segment)?
             .punch(place.offset(), blocks * BLOCK)
             .context(|| format!("cannot free {blocks} blocks at {place:?} of the thin target"))
+    }
+
+    /// Puts a good copy of a unit of payload where a damaged one lies; durable and read back when it
+    /// returns. Safe in place: what is there does not match its checksum, so a cut in the middle leaves
+    /// it as bad as it was, and no other bytes are touched. The caller keeps reclaim away.
+    ///
+    /// # Errors
+    /// `Invalid` if the copy does not match the checksum or nothing is damaged, `Damaged` if it cannot
+    /// be read back, the system's errors.
+    pub fn mend(&self, place: Place, good: &[u8], sum: u64) -> Result<()> {
+        let keys = &self.config.keys;
+        let context = || format!("cannot mend {} bytes at {place:?}", good.len());
+        let refused = |why: &str| Error::new(Kind::Invalid, format!("{}: {why}", context()));
+        if keys.payload(good) != sum {
+            return Err(refused("the copy is another content"));
+        }
+        let disk = self.segment(place.segment)?;
+        let mut there = vec![0; good.len()];
+        if disk.read_exact_at(place.offset(), &mut there).is_ok() && keys.payload(&there) == sum {
+            return Err(refused("nothing is damaged"));
+        }
+        disk.write_all_at(place.offset(), &[good])
+            .and_then(|()| disk.sync_data())
+            .and_then(|()| disk.drop_cache())
+            .and_then(|()| disk.read_exact_at(place.offset(), &mut there))
+            .context(context)?;
+        match keys.payload(&there) == sum {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Damaged,
+                format!("{}: it does not stay", context()),
+            )),
+        }
     }
 
     /// Removes dead segments. None of them may be the current one.

@@ -111,6 +111,9 @@ struct State<'a, 'v> {
     scanned: u32,
     /// A stretch that could not be read, up to the next valid batch.
     gap: Option<(u32, u64)>,
+    /// The medium did not give a part of the gap. What it would say is not known, so nothing may be
+    /// called lost or torn for it: only a copy settles it.
+    unread: Option<Error>,
     result: Scanned,
 }
 
@@ -130,6 +133,7 @@ impl Scan<'_> {
             last_lsn: 0,
             scanned: 0,
             gap: None,
+            unread: None,
             result,
         };
         for (i, segment) in segments.iter().enumerate() {
@@ -298,12 +302,15 @@ impl State<'_, '_> {
         }
         let mut at = BATCHES_AT;
         while at < end {
-            // One that is older than the newest is none: LSNs only grow.
-            let found = self.scan.batch_at(segment, at, end)?;
-            if let Some(found) = found.filter(|found| found.batch.lsn > self.newest()) {
-                at += found.len;
-                self.found(found)?;
-                continue;
+            match self.scan.batch_at(segment, at, end) {
+                // One that is older than the newest is none: LSNs only grow.
+                Ok(Some(found)) if found.batch.lsn > self.newest() => {
+                    at += found.len;
+                    self.found(found)?;
+                    continue;
+                }
+                Ok(_) => {}
+                Err(e) => self.not_read(e)?,
             }
             match self.next_valid(segment, at + BLOCK, end)? {
                 Some(next) => {
@@ -311,7 +318,10 @@ impl State<'_, '_> {
                     at = next;
                 }
                 // Nothing follows: the end of the last segment, or rot at the end of a closed one.
-                None if is_last => break,
+                None if is_last => {
+                    self.all_read()?;
+                    break;
+                }
                 // Its end is known: from the next one's link or, where that one is gone, from the
                 // size it was cut to before.
                 None => {
@@ -333,23 +343,40 @@ impl State<'_, '_> {
         Ok(())
     }
 
-    fn next_valid(&self, segment: &Segment, from: u64, end: u64) -> Result<Option<u64>> {
+    fn next_valid(&mut self, segment: &Segment, from: u64, end: u64) -> Result<Option<u64>> {
         let mut magic = [0; 8];
         let mut at = from;
         while at + BLOCK <= end {
-            segment
-                .disk
-                .read_exact_at(at, &mut magic)
-                .context(|| "cannot read a segment")?;
-            if magic == crate::log::batch::MAGIC
-                && let Some(found) = self.scan.batch_at(segment, at, end)?
-                && found.batch.lsn > self.newest()
-            {
-                return Ok(Some(at));
+            let read = segment.disk.read_exact_at(at, &mut magic);
+            if let Err(e) = read.context(|| "cannot read a segment") {
+                self.not_read(e)?;
+                magic = [0; 8];
+            }
+            if magic == crate::log::batch::MAGIC {
+                match self.scan.batch_at(segment, at, end) {
+                    Ok(Some(found)) if found.batch.lsn > self.newest() => return Ok(Some(at)),
+                    Ok(_) => {}
+                    Err(e) => self.not_read(e)?,
+                }
             }
             at += BLOCK;
         }
         Ok(None)
+    }
+
+    /// Goes on behind what the medium did not give; other errors are answered.
+    fn not_read(&mut self, e: Error) -> Result<()> {
+        if e.kind() != Kind::Io {
+            return Err(e);
+        }
+        tracing::error!("{}", e.chain());
+        self.unread.get_or_insert(e);
+        Ok(())
+    }
+
+    /// Refuses to conclude anything from what was not read.
+    fn all_read(&mut self) -> Result<()> {
+        self.unread.take().map_or(Ok(()), Err)
     }
 
     fn newest(&self) -> u64 {
@@ -370,6 +397,11 @@ impl State<'_, '_> {
             let copied = previous.segment == segment
                 && previous.offset >= at
                 && previous.lsn > self.last_lsn;
+            if copied && previous.offset == at {
+                // All that was not read lies in the one batch of which there is a copy.
+                self.unread = None;
+            }
+            self.all_read()?;
             if !copied || previous.offset > at {
                 let last = if copied {
                     previous.lsn
@@ -440,6 +472,7 @@ impl State<'_, '_> {
             self.held = None;
         }
         self.release()?;
+        self.all_read()?;
         if let Some((segment, at)) = self.gap.take() {
             (self.visit)(Event::Lost {
                 first: Lsn(self.last_lsn + 1),

@@ -18,8 +18,10 @@ pub const FILE: &str = "superblock";
 pub const MAGIC: [u8; 8] = *b"SFsuper1";
 /// The format this program writes.
 pub const VERSION: u32 = 1;
+/// Incompatible feature: overlays have checksums, which whoever writes to one takes away first.
+pub const INCOMPAT_SUMS: u64 = 1;
 /// Incompatible features this program knows; a store with another bit is refused.
-pub const INCOMPAT_KNOWN: u64 = 0;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_SUMS;
 /// Bytes of a slot.
 pub const SLOT_LEN: usize = 64 << 10;
 /// Most invalid marks a slot holds.
@@ -181,6 +183,25 @@ fn newer(what: &str) -> Error {
 fn checksum(bytes: &[u8]) -> [u8; SUM_LEN] {
     let hash = blake3::derive_key("stillframe 2026-11 superblock v1", bytes);
     hash[..SUM_LEN].try_into().expect("a hash has 32 bytes")
+}
+
+/// Bytes of a slot.
+pub const SLOT_BYTES: u64 = SLOT_LEN as u64;
+
+/// Both slots as they are, for whoever checks them.
+///
+/// # Errors
+/// The system's. A slot that cannot be read or used is an error in its place.
+pub fn slots(dir: &dyn Dir) -> Result<[Result<Superblock>; 2]> {
+    let disk = dir
+        .open(FILE, Open::Read)
+        .context(|| "cannot open the store's superblock")?;
+    Ok([0, SLOT_BYTES].map(|at| {
+        let mut bytes = vec![0; SLOT_LEN];
+        disk.read_exact_at(at, &mut bytes)
+            .context(|| "cannot read the superblock")
+            .and_then(|()| Superblock::decode(&bytes))
+    }))
 }
 
 /// The superblock's file: reads the newest slot, writes the other one.

@@ -107,10 +107,11 @@ impl ExtentMap {
         parts: &[(ChunkKey, EpochSets)],
         applied: &Applied,
     ) -> Result<()> {
-        let mut batches = Batches::new(&*self.index);
+        let index = self.index();
+        let mut batches = Batches::new(&*index);
         for (key, later) in frozen {
             let name = key.encode();
-            let mut page = match self.index.get(&name)? {
+            let mut page = match self.index().get(&name)? {
                 Some(value) => Page::decode(*key, &value)?,
                 None => Page::new(later.grain_blocks()),
             };
@@ -129,14 +130,14 @@ impl ExtentMap {
         }
         batches.flush()?;
         if !planted(Bug::IndexUnsynced) {
-            self.index.checkpoint()?;
+            self.index().checkpoint()?;
         }
         point("checkpoint half done");
         let (key, value) = encode_applied(applied);
-        self.index.apply(vec![(key, Some(value))])?;
+        self.index().apply(vec![(key, Some(value))])?;
         if planted(Bug::IndexUnsynced) {
             return Ok(());
         }
-        self.index.checkpoint()
+        self.index().checkpoint()
     }
 }

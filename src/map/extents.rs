@@ -101,6 +101,16 @@ pub struct Applied {
     pub offset: u64,
 }
 
+/// A region of the index.
+pub struct Region {
+    /// Whose.
+    pub volume: VolumeId,
+    /// Its number.
+    pub region: u64,
+    /// What each epoch preserved of it, by epoch.
+    pub pages: Vec<(Epoch, Page)>,
+}
+
 /// What a sweep saw and did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Swept {
@@ -116,8 +126,8 @@ pub struct Swept {
 
 /// See the head of the file.
 pub struct ExtentMap {
-    /// Fixed at open.
-    pub(super) index: Arc<dyn Index>,
+    /// Changes only in [`ExtentMap::adopt`], under `writer` and `state`.
+    index: RwLock<Arc<dyn Index>>,
     /// Held by whoever writes to the index; before `state`.
     pub(super) writer: Mutex<()>,
     /// Never held while the index is used.
@@ -227,11 +237,49 @@ impl ExtentMap {
             cache: BaseCache::new(cache_bytes),
         };
         Ok(ExtentMap {
-            index,
+            index: RwLock::new(index),
             writer: Mutex::new(()),
             state: Mutex::new(state),
             counts: RwLock::default(),
         })
+    }
+
+    pub(super) fn index(&self) -> Arc<dyn Index> {
+        let index = self.index.read();
+        Arc::clone(&*index.expect("no code panics while it holds the index"))
+    }
+
+    /// Takes another index into use, which `made` has filled and checkpointed from the log up to at
+    /// least [`ExtentMap::applied`]: what was in the old one is looked for there from now on. What was
+    /// published since the last checkpoint stays in memory, and so do the sets, which are as good as
+    /// ever. `make` runs while no checkpoint or sweep does.
+    ///
+    /// # Errors
+    /// What `make` returns: then nothing has changed.
+    pub fn adopt(&self, make: impl FnOnce() -> Result<ExtentMap>) -> Result<()> {
+        let _writer = self.lock_writer();
+        let made = make()?;
+        let mut fresh = made.lock();
+        let mut state = self.lock();
+        *self
+            .index
+            .write()
+            .expect("no code panics while it holds the index") = made.index();
+        state.applied = fresh.applied;
+        // Whoever read the old one looks again.
+        state.generation += 1;
+        state.cache.clear();
+        for sets in [&std::mem::take(&mut fresh.sets), &state.sets.clone()] {
+            for ((volume, epoch), sets) in sets {
+                let chunks: BTreeSet<u64> = sets.chunks().collect();
+                state.dirty.extend(chunks.into_iter().map(|chunk| ChunkKey {
+                    volume: *volume,
+                    epoch: *epoch,
+                    chunk,
+                }));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
@@ -407,7 +455,7 @@ impl ExtentMap {
         let _writer = self.lock_writer();
         let mut segments = BTreeMap::new();
         walk(
-            &*self.index,
+            &*self.index(),
             vec![PAGE_NAMESPACE],
             &[PAGE_NAMESPACE + 1],
             |key, value| {
@@ -432,7 +480,7 @@ impl ExtentMap {
     /// `Damaged`, `Io`, or what `visit` returns.
     pub fn for_each_page(&self, visit: &mut dyn FnMut(PageKey, &Page) -> Result<()>) -> Result<()> {
         walk(
-            &*self.index,
+            &*self.index(),
             vec![PAGE_NAMESPACE],
             &[PAGE_NAMESPACE + 1],
             |key, value| {
@@ -440,6 +488,85 @@ impl ExtentMap {
                 visit(key, &Page::decode(key, &value)?)
             },
         )
+    }
+
+    /// One page of the index, as [`ExtentMap::for_each_page`] would show it.
+    ///
+    /// # Errors
+    /// `Damaged` or `Io`.
+    pub fn page_at(&self, key: PageKey) -> Result<Option<Page>> {
+        match self.index().get(&key.encode())? {
+            Some(value) => Page::decode(key, &value).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The first region at or after one that has pages in the index, with all of them by epoch.
+    ///
+    /// # Errors
+    /// `Damaged` or `Io`.
+    pub fn region_from(&self, volume: VolumeId, region: u64) -> Result<Option<Region>> {
+        let epoch = Epoch(0);
+        let from = PageKey {
+            volume,
+            region,
+            epoch,
+        };
+        let first = self
+            .index()
+            .scan(&from.encode(), &[PAGE_NAMESPACE + 1], 1)?
+            .into_iter()
+            .next();
+        let Some((key, _)) = first else {
+            return Ok(None);
+        };
+        let key = PageKey::decode(&key)?;
+        let all = PageKey { epoch, ..key };
+        let mut end = PageKey {
+            epoch: Epoch(u64::MAX),
+            ..key
+        }
+        .encode();
+        end.push(0);
+        let mut pages = Vec::new();
+        walk(&*self.index(), all.encode(), &end, |key, value| {
+            let key = PageKey::decode(&key)?;
+            pages.push((key.epoch, Page::decode(key, &value)?));
+            Ok(())
+        })?;
+        Ok(Some(Region {
+            volume: key.volume,
+            region: key.region,
+            pages,
+        }))
+    }
+
+    /// Reads all sets of the index again; what is in use is in memory, and was good when it was read.
+    ///
+    /// # Errors
+    /// `Damaged` if one of them, or the position, is not what was written; `Io`.
+    pub fn check_sets(&self) -> Result<()> {
+        let index = self.index();
+        if let Some(applied) = index.get(APPLIED_KEY)? {
+            decode_applied(&applied)?;
+        }
+        walk(
+            &*index,
+            vec![SETS_NAMESPACE],
+            &[SETS_NAMESPACE + 1],
+            |key, value| {
+                let key = ChunkKey::decode(&key)?;
+                decode_chunk(key, &value, &mut EpochSets::default())
+            },
+        )
+    }
+
+    /// What the index holds at this moment, in memory. The caller keeps checkpoints and sweeps away.
+    ///
+    /// # Errors
+    /// `Damaged` or `Io`.
+    pub fn copy_of_index(&self) -> Result<crate::map::transient::TransientIndex> {
+        crate::map::transient::TransientIndex::copy_of(&*self.index())
     }
 
     /// Forgets everything of a volume that is gone. A replay may bring records back; then it is to be
@@ -468,11 +595,11 @@ impl ExtentMap {
         for namespace in [PAGE_NAMESPACE, SETS_NAMESPACE] {
             let (from, to) = volume_keys(namespace, volume);
             loop {
-                let pairs = self.index.scan(&from, &to, SCAN)?;
+                let pairs = self.index().scan(&from, &to, SCAN)?;
                 if pairs.is_empty() {
                     break;
                 }
-                self.index
+                self.index()
                     .apply(pairs.into_iter().map(|(key, _)| (key, None)).collect())?;
             }
         }

@@ -114,6 +114,33 @@ impl MemoryIndexHome {
         MemoryIndexHome::default()
     }
 
+    /// Counts opens and cuts.
+    pub fn opened(&self) -> u64 {
+        self.lock().life
+    }
+
+    /// Flips a bit of some value, behind everybody's back; `false` if there is none.
+    pub fn rot(&self, seed: u64) -> bool {
+        let mut medium = self.lock();
+        medium.random ^= seed;
+        let (keys, at) = (medium.current.len() as u64, medium.random);
+        if keys == 0 {
+            return false;
+        }
+        let picked = medium.pick(keys) as usize;
+        let Some(key) = medium.current.keys().nth(picked).cloned() else {
+            return false;
+        };
+        let medium = &mut *medium;
+        for pairs in [&mut medium.durable, &mut medium.current] {
+            if let Some(value) = pairs.get_mut(&key).filter(|v| !v.is_empty()) {
+                let byte = (at % value.len() as u64) as usize;
+                value[byte] ^= 1 << (at % 8);
+            }
+        }
+        true
+    }
+
     /// Cuts the power: what was checkpointed stays, and any subset of the batches since.
     pub fn power_cut(&self, seed: u64) {
         self.cut(seed, |medium, _| medium.pick(2) == 0);

@@ -121,7 +121,7 @@ impl ExtentMap {
         .encode();
         let mut pages = Vec::new();
         loop {
-            let pairs = self.index.scan(&from, &to, SCAN)?;
+            let pairs = self.index().scan(&from, &to, SCAN)?;
             let more = pairs.len() == SCAN;
             for (key, value) in pairs {
                 let at = PageKey::decode(&key)?;

@@ -333,6 +333,12 @@ impl BaseCache {
         }
     }
 
+    pub fn clear(&mut self) {
+        self.entries.clear();
+        self.order.clear();
+        self.bytes = 0;
+    }
+
     pub fn drop_region(&mut self, volume: VolumeId, region: u64) {
         self.drop_range((volume, region, Epoch(0))..=(volume, region, Epoch(u64::MAX)));
     }

@@ -88,7 +88,7 @@ impl ExtentMap {
         let (mut from, to) = volume_keys(PAGE_NAMESPACE, volume);
         loop {
             let writer = self.lock_writer();
-            let pairs = self.index.scan(&from, &to, STEP)?;
+            let pairs = self.index().scan(&from, &to, STEP)?;
             let more = pairs.len() == STEP;
             let mut step = Step::default();
             for (key, value) in pairs {
@@ -149,7 +149,7 @@ impl ExtentMap {
         let sets = parts
             .iter()
             .map(|(key, part)| (key.encode(), encode_chunk(*key, part)));
-        self.index.apply(pages.chain(sets).collect())?;
+        self.index().apply(pages.chain(sets).collect())?;
         let mut state = self.lock();
         for (epoch, run) in &step.dead {
             if let Some(sets) = state.sets.get_mut(&(walk.volume, *epoch)) {

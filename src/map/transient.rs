@@ -7,12 +7,28 @@ use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
 use crate::error::Result;
+use crate::map::extents::walk;
 use crate::map::index::{Change, Index, assert_limits};
 
 /// An empty one is what a store starts with.
 #[derive(Default)]
 pub struct TransientIndex {
     pairs: RwLock<BTreeMap<Vec<u8>, Vec<u8>>>,
+}
+
+impl TransientIndex {
+    /// What another index holds of the map, at this moment.
+    ///
+    /// # Errors
+    /// Those of the other one.
+    pub fn copy_of(index: &dyn Index) -> Result<TransientIndex> {
+        let copy = TransientIndex::default();
+        // The namespaces of the map are capital letters.
+        walk(index, vec![b'A'], &[b'Z' + 1], |key, value| {
+            copy.apply(vec![(key, Some(value))])
+        })?;
+        Ok(copy)
+    }
 }
 
 impl Index for TransientIndex {

@@ -206,6 +206,9 @@ impl Writer<'_> {
             set.insert_range(run.clone());
         }
         drop(set);
+        for run in runs {
+            top.overlay.note_held(run.clone());
+        }
         let mut state = clone.state();
         state.entry.size = state.entry.size.max(size);
         Ok(())

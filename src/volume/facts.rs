@@ -52,6 +52,9 @@ pub struct Settings {
     pub checkpoint_bytes: u64,
     /// Bytes of the ballast; 0 for none.
     pub ballast_bytes: u64,
+    /// Calls of `maintain` for which a part of a clone must not have been written before it gets
+    /// checksums.
+    pub settle_rounds: u32,
     /// Most bytes that the log and the clones may use, if there is a limit: beyond it the thin
     /// target counts as full. What needs no payload (deletions, marks of failure, new snapshots)
     /// still gets through.
@@ -85,6 +88,7 @@ impl Default for Settings {
             segment_bytes: 64 << 20,
             checkpoint_bytes: 64 << 20,
             ballast_bytes: 8 << 20,
+            settle_rounds: 5,
             limit_bytes: None,
             copied: false,
         }

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::log::keys::Keys;
 use crate::map::GrainSet;
 use crate::sys::disk::Dir;
 use crate::units::{Epoch, Grain};
@@ -24,6 +25,7 @@ use crate::volume::range_lock::RangeLock;
 use crate::volume::read::Snapshot;
 use crate::volume::shared::{Point, Shared, Vol, lock};
 use crate::volume::snapshots::info_of;
+use crate::volume::sums::Sums;
 
 /// A layer.
 pub struct Layer {
@@ -76,6 +78,7 @@ pub struct CloneState {
 /// All clones and layers of an open store.
 pub struct Clones {
     pub home: Arc<Home>,
+    keys: Keys,
     pub by_id: BTreeMap<u32, Arc<CloneRt>>,
     layers: BTreeMap<u32, Arc<Layer>>,
     doomed: Vec<Arc<Layer>>,
@@ -99,21 +102,28 @@ enum From<'a> {
 
 impl Clones {
     /// No clones yet.
-    pub fn new(home: Home) -> Clones {
+    pub fn new(home: Home, keys: Keys) -> Clones {
         Clones {
             home: Arc::new(home),
+            keys,
             by_id: BTreeMap::new(),
             layers: BTreeMap::new(),
             doomed: Vec::new(),
         }
     }
 
-    fn layer(&mut self, id: u32, set: GrainSet, files: &[String]) -> Arc<Layer> {
-        let home = &self.home;
+    fn layer(
+        &mut self,
+        (id, grain): (u32, Option<Grain>),
+        set: GrainSet,
+        files: &[String],
+    ) -> Arc<Layer> {
+        let (home, keys) = (&self.home, &self.keys);
+        let sums = |grain: Grain| Sums::new(Arc::clone(home), id, grain.bytes(), keys.clone());
         let new = || {
             Arc::new(Layer {
                 id,
-                overlay: Overlay::new(Arc::clone(home), id, files),
+                overlay: Overlay::new(Arc::clone(home), id, files, grain.map(sums)),
                 set: Mutex::new(set),
             })
         };
@@ -123,12 +133,25 @@ impl Clones {
     /// The stack over a clone's top layer; new layers are empty.
     pub fn stack(&mut self, catalog: &Catalog, top: u32) -> Arc<Stack> {
         let levels = catalog.chain(top).into_iter().map(|(id, entry)| Level {
-            layer: self.layer(id, GrainSet::new(), &[]),
+            layer: self.layer((id, grain_of(catalog, entry.volume)), GrainSet::new(), &[]),
             visible: entry.visible,
         });
         let levels = levels.collect();
         let base = catalog.bottom(top);
         Arc::new(Stack { levels, base })
+    }
+
+    /// The layers of a volume's clones.
+    pub fn layers_of(&self, volume: u32) -> Vec<Arc<Layer>> {
+        let clones = self.by_id.values().filter(|c| c.vol.id == volume);
+        let mut found: BTreeMap<u32, Arc<Layer>> = BTreeMap::new();
+        for clone in clones {
+            let stack = Arc::clone(&clone.state().stack);
+            for level in &stack.levels {
+                found.insert(level.layer.id, Arc::clone(&level.layer));
+            }
+        }
+        found.into_values().collect()
     }
 
     /// Takes layers that the catalogue no longer has out of use.
@@ -142,6 +165,10 @@ impl Clones {
         let gone = gone.iter().filter_map(|id| self.layers.remove(id));
         self.doomed.extend(gone);
     }
+}
+
+fn grain_of(catalog: &Catalog, volume: u32) -> Option<Grain> {
+    catalog.volumes.get(&volume).map(|v| v.grain)
 }
 
 impl CloneRt {
@@ -377,6 +404,26 @@ impl Shared {
         clones.doomed.iter().any(|l| Arc::strong_count(l) == 1)
     }
 
+    /// Makes checksums of what nobody writes any more, as far as `budget` bytes of reading go. The
+    /// caller keeps the removal of layers away.
+    pub fn seal_layers(&self, rounds: u32, budget: u64) {
+        let layers: Vec<Arc<Layer>> = lock(&self.clones).layers.values().cloned().collect();
+        let mut left = budget;
+        for layer in layers {
+            let used = layer.overlay.has_open_files();
+            let held = || lock(&layer.set).clone();
+            match layer.overlay.seal(&held, rounds, left) {
+                Ok(bytes) => left = left.saturating_sub(bytes),
+                // It stays with the overlay, which says so to whoever uses it.
+                Err(e) => tracing::debug!(layer = layer.id, "{}", e.chain()),
+            }
+            if !used && layer.overlay.has_open_files() {
+                // Clones that nobody has open hold no descriptors.
+                layer.overlay.close_files_again();
+            }
+        }
+    }
+
     /// Removes the files of doomed layers that nobody reads any more; returns whether there were any.
     ///
     /// # Errors
@@ -464,7 +511,11 @@ impl Shared {
     pub fn recover_clones(&self, clean: bool, keep: bool) -> Result<()> {
         let (layers, ids) = {
             let catalog = lock(&self.catalog);
-            let layers: Vec<u32> = catalog.layer_ids().collect();
+            let layers: Vec<(u32, Option<Grain>)> = catalog
+                .layers
+                .iter()
+                .map(|(&id, entry)| (id, grain_of(&catalog, entry.volume)))
+                .collect();
             let ids: Vec<u32> = catalog.clones.keys().copied().collect();
             (layers, ids)
         };
@@ -474,10 +525,10 @@ impl Shared {
             Some(dir) => overlay::files(dir.as_ref())?,
             None => BTreeMap::new(),
         };
-        for id in layers {
+        for (id, grain) in layers {
             let set = self.map.changed_between(layer_volume(id), Epoch(0), None);
             let names = files.remove(&id).unwrap_or_default();
-            let layer = lock(&self.clones).layer(id, set, &names);
+            let layer = lock(&self.clones).layer((id, grain), set, &names);
             if !clean {
                 layer.overlay.settle();
             }

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Kind, Result};
 use crate::log::record::Record;
-use crate::log::superblock::{InvalidMark, MARKS_MAX, Reason};
+use crate::log::superblock::{InvalidMark, MARKS_MAX, Reason, SuperblockFile};
 use crate::sys::planted::{Bug, planted};
 use crate::volume::catalog::{Catalog, invalidate_record};
 use crate::volume::clone_records::LAYER_BIT;
@@ -133,7 +133,11 @@ impl Shared {
                 ..failure.clone()
             });
         }
-        superblock.update(next)?;
+        superblock.update(next.clone())?;
+        // Into the other slot, too: rot in one of them must not forget it. It counts already.
+        if let Err(e) = superblock.update(next) {
+            tracing::warn!("marks of failure stand in one slot only: {}", e.chain());
+        }
         drop(superblock);
         let mut catalog = lock(&self.catalog);
         for failure in &marked {
@@ -160,6 +164,24 @@ impl Shared {
         next.invalid.retain(|mark| !marks.contains(mark));
         superblock.update(next)
     }
+}
+
+/// Notes failures in the superblock of a store that is about to be opened; durable when it returns.
+///
+/// # Errors
+/// `NoSpace` if they are too many, or the system's: the store must not be opened without them.
+pub fn mark_before_open(
+    superblock: &mut SuperblockFile,
+    catalog: &Catalog,
+    failures: &[Failure],
+) -> Result<()> {
+    let good = Good::of(catalog);
+    let mut next = superblock.current().clone();
+    for failure in failures {
+        put_mark(&mut next.invalid, failure.mark(), &good)?;
+    }
+    superblock.update(next.clone())?;
+    superblock.update(next)
 }
 
 /// Puts a mark among others. Where there is little room left they become as few as can be without

@@ -18,6 +18,7 @@
 //! the gates of volumes by number (writers share, a snapshot excludes), a volume's `reads` (readers of
 //! the live content share, a resize and a revert exclude), a range of grains, then the log's own, `catalog`, a volume's `state`, the map's own. None of the last three is held over I/O.
 
+pub mod audit;
 mod bookmarks;
 mod catalog;
 mod clone_records;
@@ -28,6 +29,7 @@ mod engine;
 mod facts;
 #[cfg(feature = "planted")]
 pub mod fuzzing;
+mod heal;
 mod layers;
 mod live;
 mod marks;
@@ -39,11 +41,14 @@ mod recovery;
 mod resize;
 mod revert;
 mod revert_groups;
+mod scrub;
 mod shared;
 mod snapshots;
 mod space;
+mod sums;
 mod thin;
 mod tracking;
+mod verify;
 mod vigil;
 
 pub use crate::volume::clones::OpenClone;
@@ -55,3 +60,5 @@ pub use crate::volume::facts::{
 };
 pub use crate::volume::live::Volume;
 pub use crate::volume::read::Snapshot;
+pub use crate::volume::scrub::{ScrubOptions, ScrubState};
+pub use crate::volume::verify::Share;

@@ -5,7 +5,7 @@
 //! are made when they are first written to.
 //!
 //! Which grains count is not told here but by the layer's set; so holes and stale bytes carry no
-//! meaning, and nothing here is checked by a checksum. What a good [`Overlay::sync`] covered is on the
+//! meaning. What is read is verified where `sums` has a checksum of it. What a good [`Overlay::sync`] covered is on the
 //! medium, with the names of new files. After a failed one nothing is written or synced any more
 //! (I7), until the store is opened again.
 
@@ -13,11 +13,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use crate::error::{Error, IoContext, Kind, Result};
+use crate::map::GrainSet;
 use crate::sys::disk::{Dir, Disk, Open};
 use crate::volume::shared::lock;
+use crate::volume::sums::{self, Sums};
 
 /// Bytes of a layer in one file: half of what the tightest filesystem takes. A multiple of every grain.
 pub const PIECE_BYTES: u64 = 8 << 40;
@@ -77,6 +79,22 @@ fn parse(name: &str) -> Option<(u32, u64)> {
     (file_name(found.0, found.1) == name).then_some(found)
 }
 
+/// The number of the piece that a file of [`files`] is; `None` for a table of checksums.
+pub fn piece_of(name: &str) -> Option<u64> {
+    parse(name).map(|(_, piece)| piece)
+}
+
+/// Whether a name is one that [`set_aside`] gives.
+pub fn is_aside(name: &str) -> bool {
+    let parts = name.rsplit_once(ASIDE);
+    parts.is_some_and(|(name, n)| is_ours(name) && n.parse::<u64>().is_ok())
+}
+
+/// Whether a name is that of an overlay, or of a table of checksums.
+pub fn is_ours(name: &str) -> bool {
+    parse(name).is_some() || sums::parse(name).is_some()
+}
+
 /// All overlay files by layer.
 ///
 /// # Errors
@@ -84,8 +102,9 @@ fn parse(name: &str) -> Option<(u32, u64)> {
 pub fn files(dir: &dyn Dir) -> Result<BTreeMap<u32, Vec<String>>> {
     let mut files: BTreeMap<u32, Vec<String>> = BTreeMap::new();
     for name in dir.list().context(|| "cannot list the overlays")? {
-        match parse(&name) {
-            Some((layer, _)) => files.entry(layer).or_default().push(name),
+        let layer = parse(&name).map(|(layer, _)| layer);
+        match layer.or_else(|| sums::parse(&name)) {
+            Some(layer) => files.entry(layer).or_default().push(name),
             None if name.contains(ASIDE) => tracing::warn!(
                 "{name:?} was written to a clone of which the log says nothing any more; it may be removed"
             ),
@@ -109,6 +128,8 @@ pub struct Overlay {
     home: Arc<Home>,
     layer: u32,
     piece_bytes: u64,
+    /// Checksums of what the layer holds.
+    sums: Option<Sums>,
     /// Pieces that have a file.
     known: Mutex<BTreeSet<u64>>,
     files: Mutex<BTreeMap<u64, Arc<dyn Disk>>>,
@@ -128,8 +149,11 @@ pub struct Overlay {
 
 impl Overlay {
     /// The overlay of a layer that has these files, with pieces of [`PIECE_BYTES`].
-    pub fn new(home: Arc<Home>, layer: u32, names: &[String]) -> Overlay {
-        Overlay::with_pieces(home, layer, names, PIECE_BYTES)
+    pub fn new(home: Arc<Home>, layer: u32, names: &[String], sums: Option<Sums>) -> Overlay {
+        Overlay {
+            sums,
+            ..Overlay::with_pieces(home, layer, names, PIECE_BYTES)
+        }
     }
 
     fn with_pieces(home: Arc<Home>, layer: u32, names: &[String], piece_bytes: u64) -> Overlay {
@@ -139,6 +163,7 @@ impl Overlay {
             home,
             layer,
             piece_bytes,
+            sums: None,
             known: Mutex::new(known),
             files: Mutex::default(),
             sizes: RwLock::new(()),
@@ -222,11 +247,121 @@ impl Overlay {
         )
     }
 
-    /// Reads grains that the layer holds.
+    /// Reads grains that the layer holds, and verifies them where there are checksums.
     ///
     /// # Errors
-    /// `Damaged` if the file is missing or too short, `Io`.
+    /// `Damaged` if the file is missing or too short, or content does not match its checksum; `Io`.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let Some(sums) = &self.sums else {
+            return self.read_plain(offset, buf);
+        };
+        let end = offset + buf.len() as u64;
+        let grain = sums.grain();
+        let grains = offset / grain..end.div_ceil(grain);
+        let known = sums.of(grains.clone());
+        if known.iter().all(|&sum| sum == 0) {
+            return self.read_plain(offset, buf);
+        }
+        if grains.start * grain == offset && grains.end * grain == end {
+            self.read_plain(offset, buf)?;
+            return self.verify(sums, grains.start, &known, buf);
+        }
+        let mut whole = vec![0; ((grains.end - grains.start) * grain) as usize];
+        self.read_plain(grains.start * grain, &mut whole)?;
+        self.verify(sums, grains.start, &known, &mut whole)?;
+        let from = (offset - grains.start * grain) as usize;
+        buf.copy_from_slice(&whole[from..from + buf.len()]);
+        Ok(())
+    }
+
+    /// Holds whole grains against the checksums that were there before they were read.
+    fn verify(&self, sums: &Sums, first: u64, known: &[u64], content: &mut [u8]) -> Result<()> {
+        let size = sums.grain() as usize;
+        for (i, content) in content.chunks_mut(size).enumerate() {
+            let grain = first + i as u64;
+            let mut expect = known[i];
+            while expect != 0 && sums.sum(content) != expect {
+                let now = sums.of(grain..grain + 1)[0];
+                if now == expect {
+                    let at = grain * sums.grain();
+                    let why = format!(
+                        "content of overlay {} at bytes {at}..{} does not match its checksum",
+                        self.layer,
+                        at + sums.grain()
+                    );
+                    tracing::error!("{why}");
+                    return Err(Error::new(Kind::Damaged, why));
+                }
+                // It was written meanwhile.
+                self.read_plain(grain * sums.grain(), content)?;
+                expect = now;
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub fn sums(&self) -> &Sums {
+        self.sums.as_ref().expect("made with checksums")
+    }
+
+    fn opened(&self, range: Range<u64>) -> Result<Option<RwLockReadGuard<'_, ()>>> {
+        self.sums.as_ref().map(|sums| sums.open(range)).transpose()
+    }
+
+    /// Makes checksums of grains that nobody writes any more, see [`Sums::seal`].
+    ///
+    /// # Errors
+    /// Those of a sync.
+    pub fn seal(&self, held: &dyn Fn() -> GrainSet, rounds: u32, budget: u64) -> Result<u64> {
+        match &self.sums {
+            Some(sums) if self.check().is_ok() => sums.seal(
+                held,
+                rounds,
+                budget,
+                &|at, buf| self.read_plain(at, buf),
+                &|| self.sync(),
+            ),
+            _ => Ok(0),
+        }
+    }
+
+    /// Grains have become the layer's: they are to get checksums.
+    pub fn note_held(&self, grains: Range<u64>) {
+        if let Some(sums) = &self.sums {
+            sums.note_held(grains);
+        }
+    }
+
+    /// Before a part of a grain changes: the rest of it must be what it was, or the checksum that is made
+    /// of it then would be of rot.
+    fn hold_edges(&self, range: &Range<u64>) -> Result<()> {
+        let Some(sums) = &self.sums else {
+            return Ok(());
+        };
+        let size = sums.grain();
+        let edges = [range.start, range.end];
+        let mut parts: Vec<u64> = edges
+            .into_iter()
+            .filter(|at| !at.is_multiple_of(size))
+            .map(|at| at / size)
+            .collect();
+        parts.dedup();
+        for grain in parts {
+            if sums.of(grain..grain + 1) != [0] {
+                self.read(grain * size, &mut vec![0; size as usize])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The grains whose checksums are lost.
+    pub fn damaged_sums(&self, held: &GrainSet) -> Vec<Range<u64>> {
+        let sums = self.sums.as_ref();
+        sums.map_or_else(Vec::new, |sums| sums.damaged(held))
+    }
+
+    fn read_plain(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         for (piece, part, at) in self.parts(offset..offset + buf.len() as u64) {
             let out = &mut buf[at..at + (part.end - part.start) as usize];
             let gone = |what: &str| {
@@ -247,8 +382,12 @@ impl Overlay {
     /// Writes; in the page cache when it returns.
     ///
     /// # Errors
-    /// `Failed` after a failed sync, `NoSpace`, `Io`: a prefix may have been written.
+    /// `Failed` after a failed sync, `NoSpace`, `Io`: a prefix may have been written. `Damaged` if the rest
+    /// of a grain that is written in part has rotted.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let range = offset..offset + data.len() as u64;
+        self.hold_edges(&range)?;
+        let _opened = self.opened(range)?;
         for (piece, part, at) in self.parts(offset..offset + data.len() as u64) {
             let disk = self.written(piece)?;
             let data = &data[at..at + (part.end - part.start) as usize];
@@ -268,6 +407,8 @@ impl Overlay {
     /// As [`Overlay::write`].
     pub fn zero(&self, range: Range<u64>) -> Result<()> {
         let context = || format!("cannot punch overlay {}", self.layer);
+        self.hold_edges(&range)?;
+        let _opened = self.opened(range.clone())?;
         for (piece, part, _) in self.parts(range) {
             let disk = self.written(piece)?;
             let size = disk.size().context(context)?;
@@ -278,9 +419,10 @@ impl Overlay {
             if part.end > size && done.is_ok() {
                 // What a layer holds always lies inside the file: a file that was cut is noticed.
                 let _sizes = self.sizes.write().unwrap_or_else(PoisonError::into_inner);
-                if disk.size().context(context)? < part.end {
-                    done = disk.set_size(part.end);
-                }
+                done = disk.size().and_then(|size| match size < part.end {
+                    true => disk.set_size(part.end),
+                    false => Ok(()),
+                });
             }
             lock(&self.dirty).pieces.insert(piece);
             done.context(context)?;
@@ -402,7 +544,22 @@ impl Overlay {
         let mut files = lock(&self.files);
         if !self.is_dirty() {
             files.clear();
+            if let Some(sums) = &self.sums {
+                sums.close_file();
+            }
         }
+    }
+
+    /// As [`Overlay::close_files`], for whoever had them opened for himself: writers that have come
+    /// meanwhile are let finish.
+    pub fn close_files_again(&self) {
+        let _quiet = self.sums.as_ref().map(Sums::quiet);
+        self.close_files();
+    }
+
+    /// Whether any file is open.
+    pub fn has_open_files(&self) -> bool {
+        !lock(&self.files).is_empty() || self.sums.as_ref().is_some_and(Sums::is_open)
     }
 
     /// Last change of the files' status, ns since 1970; `None` without files.
@@ -460,6 +617,9 @@ impl Overlay {
         let Some(dir) = self.home.dir(false)? else {
             return Ok(());
         };
+        if self.sums.is_some() {
+            remove_files(dir.as_ref(), &[sums::file_name(self.layer)])?;
+        }
         let pieces: Vec<u64> = lock(&self.known).iter().copied().collect();
         for piece in pieces {
             remove_files(dir.as_ref(), &[file_name(self.layer, piece)])?;
@@ -642,7 +802,7 @@ mod tests {
     fn golden_files() {
         let world = SimWorld::new(1);
         let home = Arc::new(Home::new(world.dir("store")));
-        let o = Overlay::new(home, 12, &[]);
+        let o = Overlay::new(home, 12, &[], None);
         assert_eq!(PIECE_BYTES, 8_796_093_022_208);
         o.write(4096, &[1; 4096]).unwrap();
         o.write(3 * PIECE_BYTES - 4096, &[2; 8192]).unwrap();

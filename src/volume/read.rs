@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::map::{Run, RunKind};
 use crate::sys::planted::{Bug, planted};
-use crate::units::Epoch;
+use crate::units::{Epoch, Place};
 use crate::volume::facts::SnapshotInfo;
 use crate::volume::shared::{Point, Shared, Vol};
 
@@ -98,12 +98,10 @@ impl Snapshot {
 
     fn plan(&self, bytes: &Range<u64>) -> Result<Vec<Run>> {
         let grains = self.vol.grain.cover(bytes.clone());
-        self.shared.map.plan(
-            self.vol.id(),
-            self.info.epoch,
-            self.vol.grain_blocks(),
-            grains,
-        )
+        self.shared.healing(|map| {
+            let blocks = self.vol.grain_blocks();
+            map.plan(self.vol.id(), self.info.epoch, blocks, grains.clone())
+        })
     }
 
     fn clip(&self, run: &Run, bytes: &Range<u64>) -> Range<u64> {
@@ -190,15 +188,26 @@ impl Snapshot {
             Ok(())
         };
         if span == part {
-            self.shared.log.read(place, out)?;
+            self.read_log(place, out, &grains)?;
             return verify(out);
         }
         let mut whole = vec![0; (span.end - span.start) as usize];
-        self.shared.log.read(place, &mut whole)?;
+        self.read_log(place, &mut whole, &grains)?;
         verify(&whole)?;
         let from = (part.start - span.start) as usize;
         out.copy_from_slice(&whole[from..from + out.len()]);
         Ok(())
+    }
+
+    fn read_log(&self, place: Place, out: &mut [u8], grains: &Range<u64>) -> Result<()> {
+        self.shared.log.read(place, out).inspect_err(|e| {
+            if e.kind() == Kind::Io {
+                for grain in grains.clone() {
+                    let scrub = &self.shared.scrub;
+                    scrub.note(self.vol.id, self.info.epoch.0, grain);
+                }
+            }
+        })
     }
 
     fn rot(&self, grain: u64) -> Error {
@@ -208,6 +217,9 @@ impl Snapshot {
             self.info.volume, self.info.name, at.start, at.end
         );
         tracing::error!("{why}");
+        self.shared
+            .scrub
+            .note(self.vol.id, self.info.epoch.0, grain);
         Error::new(Kind::Damaged, why)
     }
 

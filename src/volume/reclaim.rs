@@ -21,11 +21,22 @@ use crate::volume::shared::{Shared, Vol, lock};
 /// Pieces of payload that are punched together: bounds the memory of a reclaim.
 const PUNCH_AT_ONCE: usize = 16 << 10;
 
+/// Bytes of overlays that one round reads to make checksums.
+const SEALED_AT_ONCE: u64 = 32 << 20;
+
 /// Does what is due; returns whether there was anything.
 ///
 /// # Errors
 /// `NoSpace`, `Damaged`, `Io`: nothing is lost, it is tried again at the next call.
 pub fn maintain(shared: &Shared) -> Result<bool> {
+    match work(shared) {
+        // Of its map only: nothing else that it reads says so.
+        Err(e) if e.kind() == Kind::Damaged => shared.heal_map(&e).map(|()| true),
+        done => done,
+    }
+}
+
+fn work(shared: &Shared) -> Result<bool> {
     let _maintaining = lock(&shared.maintaining);
     shared.check_open()?;
     // First: it needs no space, and on a full disk a checkpoint may find none without it.
@@ -56,6 +67,7 @@ pub fn maintain(shared: &Shared) -> Result<bool> {
             .inspect_err(|_| shared.segments_due.store(true, Ordering::Release))?;
         worked = true;
     }
+    shared.seal_layers(shared.settings.settle_rounds, SEALED_AT_ONCE);
     shared.refine()?;
     if worked {
         shared.space_freed();
@@ -93,7 +105,7 @@ fn checkpoint_due(shared: &Shared) -> bool {
 /// As [`maintain`].
 pub fn checkpoint(shared: &Shared) -> Result<()> {
     shared.room_for_checkpoint()?;
-    let (lsn, segment, offset) = shared.log.end();
+    let (lsn, segment, offset) = shared.log.end_said();
     // After the end was taken: an intent before it is not replayed and must not be relied on.
     shared.complete_epochs();
     shared.map.checkpoint(Applied {

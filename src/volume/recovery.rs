@@ -7,6 +7,7 @@
 //! The map is taken only if it is this store's and does not lead the log; otherwise it is rebuilt.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 
@@ -17,7 +18,7 @@ use crate::log::record::{Record, RecordType};
 use crate::log::room::settle;
 use crate::log::scan::{Event, Scan, Scanned};
 use crate::log::segment::{self, BATCHES_AT, SEGMENT_MAX, SEGMENT_MIN};
-use crate::log::superblock::{Superblock, SuperblockFile};
+use crate::log::superblock::{INCOMPAT_SUMS, Superblock, SuperblockFile};
 use crate::map::transient::TransientIndex;
 use crate::map::{Applied, ExtentMap};
 use crate::sys::disk::{Dir, Identity, Open};
@@ -26,11 +27,13 @@ use crate::units::{Lsn, Place, Uuid};
 use crate::volume::catalog::{BookmarkEntry, Catalog, Trust, VolumeEntry, is_device};
 use crate::volume::clone_records::LAYER_BIT;
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
+use crate::volume::heal::Heal;
 use crate::volume::layers::Clones;
 use crate::volume::live::Volume;
-use crate::volume::marks::{Failure, apply_marks};
+use crate::volume::marks::{self, Failure, apply_marks};
 use crate::volume::overlay::Home;
 use crate::volume::reclaim;
+use crate::volume::scrub::Scrub;
 use crate::volume::shared::{
     Point, Shared, Vol, VolState, compare, lock, to_publish, unreadable_layer,
 };
@@ -40,6 +43,9 @@ use crate::volume::thin::Thin;
 const LOG_DIR: &str = "log";
 /// Newest segments whose content is made durable before it is read.
 const SYNCED_AT_OPEN: usize = 4;
+
+/// Bytes of overlays that a clean stop reads to make checksums of what was just written.
+const SEALED_AT_CLOSE: u64 = 256 << 20;
 
 /// Makes an empty store in a directory.
 ///
@@ -70,6 +76,10 @@ pub fn create(env: &Environment, settings: &Settings) -> Result<()> {
     env.dir
         .subdir(LOG_DIR, true)
         .context(|| "cannot create the store's log directory")?;
+    // Durable first: a superblock without it says that a log was lost.
+    env.dir
+        .sync()
+        .context(|| "cannot sync the store directory")?;
     // The superblock comes last: a directory with one is a store.
     SuperblockFile::create(env.dir.as_ref(), superblock)?;
     env.dir.sync().context(|| "cannot sync the store directory")
@@ -80,18 +90,25 @@ pub fn create(env: &Environment, settings: &Settings) -> Result<()> {
 /// # Errors
 /// `NotFound` if there is no store, `Unsupported` if it is newer, `Damaged`, `NoSpace`, `Io`.
 pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
-    let superblock = SuperblockFile::open(env.dir.as_ref())?;
+    let mut superblock = SuperblockFile::open(env.dir.as_ref())?;
     let facts = superblock.current().clone();
     let keys = Keys::derive(&facts.secret, facts.store);
-    let dir = env
-        .dir
-        .subdir(LOG_DIR, true)
-        .context(|| "cannot open the store's log directory")?;
+    // Never made here: an empty one would be served as a store in which nothing ever was.
+    let dir = env.dir.subdir(LOG_DIR, false).map_err(|e| {
+        let what = "cannot open the directory log of the store";
+        match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                Kind::Damaged,
+                format!("{what}: {e}; bring it back from a copy of the store"),
+            ),
+            _ => Error::io(what, e),
+        }
+    })?;
     if !planted(Bug::PredecessorUnsynced) {
         sync_log(dir.as_ref())?;
     }
 
-    let mut replay = recover_log(&env, &settings, dir.as_ref(), &keys, facts.store)?;
+    let mut replay = recover_log(&env, &settings, dir.as_ref(), &keys, &mut superblock)?;
     for number in replay.scanned.abandoned.drain(..) {
         dir.remove(&segment::file_name(number))
             .context(|| format!("cannot remove the unfinished segment {number}"))?;
@@ -121,12 +138,15 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         store: facts.store,
         log: Log::resume(config, resume),
         map: replay.map,
-        map_in_memory: replay.map_in_memory,
+        map_in_memory: AtomicBool::new(replay.map_in_memory),
         structure: Mutex::new(()),
         superblock: Mutex::new(superblock),
         catalog: Mutex::new(replay.catalog.clone()),
         volumes: RwLock::default(),
-        clones: Mutex::new(Clones::new(Home::new(Arc::clone(&env.dir)))),
+        clones: Mutex::new(Clones::new(
+            Home::new(Arc::clone(&env.dir)),
+            Keys::derive(&facts.secret, facts.store),
+        )),
         closed: AtomicBool::new(false),
         checkpointed: Mutex::new((replay.applied_segment, 0)),
         reclaim_due: Mutex::default(),
@@ -136,6 +156,8 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         maintaining: Mutex::new(()),
         waiting: Waiting::default(),
         thin: Thin::default(),
+        scrub: Scrub::open(env.dir.as_ref()),
+        heal: Heal::default(),
         failure_watch: Mutex::new(None),
         env,
     });
@@ -229,7 +251,12 @@ fn finish_begun(shared: &Arc<Shared>, id: u32) {
 fn mark_open(shared: &Shared, open: bool) -> Result<()> {
     let mut superblock = lock(&shared.superblock);
     let next = superblock.current().clone();
-    superblock.update(Superblock { open, ..next })
+    let incompat = next.incompat | INCOMPAT_SUMS;
+    superblock.update(Superblock {
+        open,
+        incompat,
+        ..next
+    })
 }
 
 /// Puts a volume among the served ones.
@@ -282,30 +309,48 @@ struct Lost {
     clones: BTreeSet<u32>,
 }
 
+impl Lost {
+    /// Lost while this was the catalogue.
+    fn of(catalog: &Catalog, first: Lsn, last: Lsn) -> Lost {
+        let volumes = catalog.volumes.iter();
+        let snapshots = volumes.filter_map(|(&id, v)| {
+            let (first, last) = v.lost_span()?;
+            Some((id, first, last))
+        });
+        Lost {
+            first,
+            last,
+            snapshots: snapshots.collect(),
+            clones: catalog.clones.keys().copied().collect(),
+        }
+    }
+}
+
 fn recover_log(
     env: &Environment,
     settings: &Settings,
     dir: &dyn Dir,
     keys: &Keys,
-    store: Uuid,
+    superblock: &mut SuperblockFile,
 ) -> Result<Replay> {
+    let store = superblock.current().store;
     match open_map(env, settings, store) {
         Ok((map, _, Some(applied))) => {
-            match replay(env, dir, (keys, store), settings, map, Some(applied)) {
-                Ok(Some(replay)) => return Ok(replay),
-                Ok(None) => tracing::warn!("the extent map does not fit the log; rebuilding it"),
-                Err(e) => return Err(e),
+            match replay(env, dir, (keys, store), settings, map, Some(applied))? {
+                Fit::Whole(replay) => return Ok(*replay),
+                Fit::Not => tracing::warn!("the extent map does not fit the log; rebuilding it"),
+                Fit::Leads(catalog, lost) => {
+                    // Durable before the map goes, which alone shows that something is lost.
+                    let (first, last) = (lost.first.0, lost.last.0);
+                    tracing::error!("batches {first} to {last}, the end of the log, are lost");
+                    marks::mark_before_open(superblock, &catalog, &failures_of(&catalog, &lost))?;
+                }
             }
         }
         Ok((map, map_in_memory, None)) => {
             // An empty map: a new store, or one whose map was removed or found no room.
             let replayed = replay(env, dir, (keys, store), settings, map, None)?;
-            return replayed
-                .map(|replay| Replay {
-                    map_in_memory,
-                    ..replay
-                })
-                .ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"));
+            return replayed.whole(map_in_memory);
         }
         Err(e) if e.kind() == Kind::Damaged => {
             tracing::warn!(
@@ -318,12 +363,29 @@ fn recover_log(
     }
     env.index.set_aside()?;
     let (map, map_in_memory, _) = open_map(env, settings, store)?;
-    replay(env, dir, (keys, store), settings, map, None)?
-        .map(|replay| Replay {
-            map_in_memory,
-            ..replay
-        })
-        .ok_or_else(|| Error::new(Kind::Damaged, "the log has no beginning"))
+    replay(env, dir, (keys, store), settings, map, None)?.whole(map_in_memory)
+}
+
+/// What came of a map and the log together.
+enum Fit {
+    Whole(Box<Replay>),
+    /// The map is to be made again.
+    Not,
+    /// The map is to be made again, and it has taken in batches that the log does not have any more. The
+    /// catalogue is the last one that is known.
+    Leads(Box<Catalog>, Lost),
+}
+
+impl Fit {
+    fn whole(self, map_in_memory: bool) -> Result<Replay> {
+        match self {
+            Fit::Whole(replay) => Ok(Replay {
+                map_in_memory,
+                ..*replay
+            }),
+            _ => Err(Error::new(Kind::Damaged, "the log has no beginning")),
+        }
+    }
 }
 
 /// The map, whether it is one in memory only, and how far it has come.
@@ -361,7 +423,7 @@ fn open_map(
     Ok((map, in_memory, applied))
 }
 
-/// Scans the log from where the map ends; `None` if the two do not fit together.
+/// Scans the log from where the map ends.
 fn replay(
     env: &Environment,
     dir: &dyn Dir,
@@ -369,7 +431,7 @@ fn replay(
     settings: &Settings,
     map: ExtentMap,
     applied: Option<Applied>,
-) -> Result<Option<Replay>> {
+) -> Result<Fit> {
     let from_segment = applied.map_or(0, |a| a.segment);
     let applied_lsn = applied.map_or(Lsn(0), |a| a.lsn);
     let scan = Scan {
@@ -462,20 +524,7 @@ fn replay(
                 ?bytes,
                 "batches of the log are damaged"
             );
-            let snapshots = catalog
-                .volumes
-                .iter()
-                .filter_map(|(&id, v)| {
-                    let (first, last) = v.lost_span()?;
-                    Some((id, first, last))
-                })
-                .collect();
-            lost.push(Lost {
-                first,
-                last,
-                snapshots,
-                clones: catalog.clones.keys().copied().collect(),
-            });
+            lost.push(Lost::of(&catalog, first, last));
             Ok(())
         }
     })?;
@@ -490,13 +539,27 @@ fn replay(
             clones: clones.map(|(&id, _)| id).collect(),
         });
     }
-    let leads = applied_lsn.0 > scanned.tail.lsn;
-    if leads || (!have_catalog && scanned.number_max > 0) {
-        return Ok(None);
+    if !have_catalog && scanned.number_max > 0 {
+        return Ok(Fit::Not);
+    }
+    if let Some(applied) = applied.filter(|a| a.lsn.0 > scanned.tail.lsn) {
+        if !have_catalog {
+            // Nothing is known of what there was: what was written to clones must not go as nobody's.
+            return Err(Error::new(
+                Kind::Damaged,
+                format!(
+                    "the log is gone: no segment is in log/, and the extent map knows of {} batches; \
+                     bring the segments back from a copy of the store",
+                    applied.lsn.0
+                ),
+            ));
+        }
+        let lost = Lost::of(&catalog, Lsn(scanned.tail.lsn + 1), applied.lsn);
+        return Ok(Fit::Leads(Box::new(catalog), lost));
     }
     let rebuilt = applied.is_none() && scanned.tail.lsn > 0;
     let applied_segment = from_segment;
-    Ok(Some(Replay {
+    Ok(Fit::Whole(Box::new(Replay {
         map,
         map_in_memory: false,
         catalog,
@@ -504,7 +567,7 @@ fn replay(
         lost,
         rebuilt,
         applied_segment,
-    }))
+    })))
 }
 
 /// Snapshots and bookmarks, each as (volume, epoch, epoch), that a catalogue has and the one before
@@ -525,7 +588,7 @@ fn first_heard_of(before: &Catalog, read: &Catalog) -> Vec<(u32, u64, u64)> {
 
 /// The catalogue in a CATALOG's payload; `None` if it is damaged (an older one then stands, and what
 /// followed it was applied).
-fn read_catalog(
+pub fn read_catalog(
     dir: &dyn Dir,
     keys: &Keys,
     record: &Record,
@@ -562,7 +625,7 @@ fn cut_closed(dir: &dyn Dir, scanned: &Scanned) -> Result<()> {
         if disk.size().context(context)? > end && !planted(Bug::TailKept) {
             match disk.set_size(end) {
                 // Where even that needs space, what is behind the end stays.
-                Err(e) if e.kind() == std::io::ErrorKind::StorageFull => {
+                Err(e) if e.kind() == ErrorKind::StorageFull => {
                     tracing::warn!("{}: {e}", context());
                 }
                 done => done.context(context)?,
@@ -714,30 +777,30 @@ fn judge(
 /// neither the log nor the superblock has room to say so, the store does not open until there is some:
 /// served without it, the next checkpoint of the map would pass over the loss.
 fn note_losses(shared: &Shared, lost: &[Lost]) -> Result<()> {
-    let mut failures = Vec::new();
-    for loss in lost {
-        let why = format!(
-            "log batches {} to {} are damaged",
-            loss.first.0, loss.last.0
-        );
-        for &(volume, first, last) in &loss.snapshots {
-            if shared.vol(volume).is_some() {
-                let why = why.clone();
-                failures.push(Failure {
-                    volume,
-                    first,
-                    last,
-                    why,
-                });
-            }
-        }
-        for &clone in &loss.clones {
-            if lock(&shared.catalog).clones.contains_key(&clone) {
-                failures.push(Failure::of_clone(clone, &why));
-            }
-        }
-    }
+    let catalog = lock(&shared.catalog).clone();
+    let failures: Vec<Failure> = lost.iter().flat_map(|l| failures_of(&catalog, l)).collect();
     shared.fail_all(&failures)
+}
+
+/// What has failed by a loss, of what a catalogue has.
+fn failures_of(catalog: &Catalog, loss: &Lost) -> Vec<Failure> {
+    let why = format!(
+        "log batches {} to {} are damaged",
+        loss.first.0, loss.last.0
+    );
+    let spans = loss.snapshots.iter();
+    let spans = spans.filter(|(volume, ..)| catalog.volumes.contains_key(volume));
+    let points = spans.map(|&(volume, first, last)| Failure {
+        volume,
+        first,
+        last,
+        why: why.clone(),
+    });
+    let clones = loss.clones.iter();
+    let clones = clones.filter(|id| catalog.clones.contains_key(id));
+    points
+        .chain(clones.map(|&id| Failure::of_clone(id, &why)))
+        .collect()
 }
 
 /// Clean stop; see [`crate::volume::Engine::close`].
@@ -771,6 +834,7 @@ pub fn close(shared: &Shared) -> Result<()> {
     shared.complete_epochs();
     shared.refine()?;
     let (settled, flushed) = shared.flush_clones();
+    shared.seal_layers(0, SEALED_AT_CLOSE);
     let catalog = Catalog {
         unsettled: !settled,
         ..shared.clean_catalog()?

@@ -14,8 +14,10 @@ use crate::units::{Epoch, Grain, Lsn, Name, Place, Uuid, VolumeId};
 use crate::volume::catalog::{Catalog, Trust, VolumeEntry};
 use crate::volume::clone_records::{LAYER_BIT, layer_volume};
 use crate::volume::facts::{Environment, Settings, SnapshotState, VolumeState};
+use crate::volume::heal::Heal;
 use crate::volume::layers::Clones;
 use crate::volume::range_lock::RangeLock;
+use crate::volume::scrub::Scrub;
 use crate::volume::space::{FailureWatch, Waiting};
 use crate::volume::thin::Thin;
 use crate::volume::tracking::Tracking;
@@ -37,7 +39,7 @@ pub struct Shared {
     pub log: Log,
     pub map: ExtentMap,
     /// The disk had no room for the map's index when the store was opened.
-    pub map_in_memory: bool,
+    pub map_in_memory: AtomicBool,
     // One catalogue change at a time.
     pub structure: Mutex<()>,
     pub superblock: Mutex<SuperblockFile>,
@@ -57,6 +59,8 @@ pub struct Shared {
     pub idle_lsn: AtomicU64,
     pub waiting: Waiting,
     pub thin: Thin,
+    pub scrub: Scrub,
+    pub heal: Heal,
     pub failure_watch: Mutex<Option<FailureWatch>>,
 }
 

@@ -11,6 +11,7 @@
 //! *before* the overwrite. A snapshot that failed stays failed.
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -82,7 +83,10 @@ impl Shared {
     /// # Errors
     /// `NoSpace` if there is too little, also without the ballast.
     pub fn room_for_checkpoint(&self) -> Result<()> {
-        let enough = || self.map_in_memory || has_room_for_map(&self.env, self.map.pending());
+        let enough = || {
+            self.map_in_memory.load(Ordering::Acquire)
+                || has_room_for_map(&self.env, self.map.pending())
+        };
         if enough() || self.release_ballast() && enough() {
             return Ok(());
         }

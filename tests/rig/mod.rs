@@ -303,6 +303,7 @@ impl Rig {
             "ballast",
             "clones",
             "home",
+            "scrub",
         ];
         left.retain(|name| !ours.contains(&&**name));
         assert!(left.is_empty(), "left in the store: {left:?}");
