@@ -282,6 +282,53 @@ impl ExtentMap {
         Ok(())
     }
 
+    /// Takes an empty index into use, with all that the old one has, durably. What was published since
+    /// the last checkpoint stays in memory. No checkpoint or sweep runs meanwhile; readers do.
+    ///
+    /// # Errors
+    /// Those of `make` and of the index it made: then nothing has changed but that one.
+    pub fn move_to(&self, make: impl FnOnce() -> Result<Arc<dyn Index>>) -> Result<()> {
+        let _writer = self.lock_writer();
+        let (old, fresh) = (self.index(), make()?);
+        let mut some = Vec::new();
+        // The namespaces of the map are capital letters.
+        walk(old.as_ref(), vec![b'A'], &[b'Z' + 1], |key, value| {
+            some.push((key, Some(value)));
+            match some.len() < SCAN {
+                true => Ok(()),
+                false => fresh.apply(std::mem::take(&mut some)),
+            }
+        })?;
+        fresh.apply(some)?;
+        fresh.checkpoint()?;
+        let mut state = self.lock();
+        *self
+            .index
+            .write()
+            .expect("no code panics while it holds the index") = fresh;
+        // Whoever read the old one looks again.
+        state.generation += 1;
+        Ok(())
+    }
+
+    /// Bytes of keys and values in the index.
+    ///
+    /// # Errors
+    /// Those of the index.
+    pub fn indexed_bytes(&self) -> Result<u64> {
+        let mut bytes = 0;
+        walk(
+            self.index().as_ref(),
+            vec![b'A'],
+            &[b'Z' + 1],
+            |key, value| {
+                bytes += (key.len() + value.len()) as u64;
+                Ok(())
+            },
+        )?;
+        Ok(bytes)
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state
             .lock()

@@ -72,4 +72,11 @@ pub trait IndexHome: Send + Sync {
     /// # Errors
     /// `Io`.
     fn set_aside(&self) -> Result<()>;
+
+    /// Removes the index, which nobody has open, so that the next open starts empty and nothing is left
+    /// of it: for one that is out of date for a reason that is known.
+    ///
+    /// # Errors
+    /// `Io`; it is then removed, set aside, or as it was.
+    fn discard(&self) -> Result<()>;
 }

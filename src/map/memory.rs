@@ -252,6 +252,10 @@ impl IndexHome for MemoryIndexHome {
         self.lose();
         Ok(())
     }
+
+    fn discard(&self) -> Result<()> {
+        self.set_aside()
+    }
 }
 
 impl MemoryIndex {

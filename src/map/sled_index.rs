@@ -65,6 +65,20 @@ impl SledHome {
         SledHome { path, shown }
     }
 
+    /// Renames the directory to the next free `<name>.damaged-<n>`; `None` if there is none.
+    fn move_away(&self) -> io::Result<Option<PathBuf>> {
+        if !self.path.try_exists()? {
+            return Ok(None);
+        }
+        let older = self.damaged()?;
+        let next = older.iter().map(|(n, _)| n + 1).max().unwrap_or(1);
+        let mut name = self.path.clone().into_os_string();
+        name.push(format!(".damaged-{next}"));
+        let name = PathBuf::from(name);
+        fs::rename(&self.path, &name)?;
+        Ok(Some(name))
+    }
+
     /// What [`IndexHome::set_aside`] has left: (number, path).
     fn damaged(&self) -> io::Result<Vec<(u64, PathBuf)>> {
         let Some(prefix) = self.path.file_name().and_then(|n| n.to_str()) else {
@@ -102,15 +116,20 @@ impl IndexHome for SledHome {
     /// Renames the directory to `<name>.damaged-<n>` for a later look, and removes older ones.
     fn set_aside(&self) -> Result<()> {
         let what = || format!("moving the extent map {} aside", self.shown.display());
-        if !self.path.try_exists().context(what)? {
+        let older = self.damaged().context(what)?;
+        if self.move_away().context(what)?.is_none() {
             return Ok(());
         }
-        let older = self.damaged().context(what)?;
-        let next = older.iter().map(|(n, _)| n + 1).max().unwrap_or(1);
-        let mut name = self.path.clone().into_os_string();
-        name.push(format!(".damaged-{next}"));
-        fs::rename(&self.path, PathBuf::from(name)).context(what)?;
         for (_, path) in older {
+            fs::remove_dir_all(path).context(what)?;
+        }
+        sync(parent(&self.path)).context(what)
+    }
+
+    fn discard(&self) -> Result<()> {
+        let what = || format!("removing the extent map {}", self.shown.display());
+        // At once: half of a directory would look like damage.
+        if let Some(path) = self.move_away().context(what)? {
             fs::remove_dir_all(path).context(what)?;
         }
         sync(parent(&self.path)).context(what)

@@ -12,7 +12,7 @@
 //! Lock: `one`, in the order of locks just before the log's own; held over I/O.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,11 @@ use crate::volume::space::has_room_for_map;
 
 /// How long it is not tried again after it failed.
 const PAUSE: Duration = Duration::from_secs(10);
+/// Rounds of maintenance between two looks for space for a map in memory, and after a failure.
+const LOOK_AFTER: u32 = 4;
+const TRY_AFTER: u32 = 60;
+/// Bytes of space left, besides what the map takes, with which one in memory goes back to disk.
+const SPACE_LEFT: u64 = 8 << 20;
 /// A segment may be removed, or cut to its end, while the log is read.
 const TRIES: u32 = 8;
 
@@ -38,6 +43,8 @@ pub struct Heal {
     one: Mutex<Option<Instant>>,
     /// Those that succeeded.
     healed: AtomicU64,
+    /// Rounds of maintenance until a map in memory looks for space again.
+    wait: AtomicU32,
 }
 
 impl Shared {
@@ -54,6 +61,44 @@ impl Shared {
             }
             done => done,
         }
+    }
+
+    /// Brings a map that is in memory for want of space back to disk, when there is enough. Best effort: until
+    /// then a start reads all of the log. `maintaining` is held.
+    pub fn map_to_disk(&self, at_once: bool) {
+        if !self.map_in_memory.load(Ordering::Acquire) {
+            return;
+        }
+        let wait = self.heal.wait.load(Ordering::Relaxed);
+        if wait > 0 && !at_once {
+            self.heal.wait.store(wait - 1, Ordering::Relaxed);
+            return;
+        }
+        match self.try_map_to_disk() {
+            Ok(true) => tracing::info!("there is space again: the extent map is on disk"),
+            Ok(false) => self.heal.wait.store(LOOK_AFTER, Ordering::Relaxed),
+            Err(e) => {
+                self.heal.wait.store(TRY_AFTER, Ordering::Relaxed);
+                tracing::debug!("the extent map stays in memory: {}", e.chain());
+                // Half of one would be looked at in the next start.
+                if let Err(e) = self.env.index.discard() {
+                    tracing::debug!("{}", e.chain());
+                }
+            }
+        }
+    }
+
+    fn try_map_to_disk(&self) -> Result<bool> {
+        let space = self.env.dir.space().context(|| "cannot stat the store")?;
+        let left = self.settings.ballast_bytes + SPACE_LEFT;
+        if space.available < left || space.available - left < 2 * self.map.indexed_bytes()? {
+            return Ok(false);
+        }
+        // What is there is older, whatever it is.
+        self.env.index.discard()?;
+        self.map.move_to(|| self.env.index.open())?;
+        self.map_in_memory.store(false, Ordering::Release);
+        Ok(true)
     }
 
     /// Makes the map again from the log.

@@ -72,6 +72,7 @@ fn work(shared: &Shared) -> Result<bool> {
     if worked {
         shared.space_freed();
     }
+    shared.map_to_disk(false);
     shared.restore_ballast();
     shared.sample_growth();
     // Idle since the last call: the last real table gets its second copy.

@@ -209,6 +209,12 @@ pub fn open(env: Environment, settings: Settings) -> Result<Arc<Shared>> {
         // A deletion just before the stop may not have been followed by its reclaim.
         shared.mark_reclaim(id);
     }
+    if replay.map_in_memory
+        && let Err(e) = shared.env.index.discard()
+    {
+        // What is on disk gets older from here on, and its space is wanted.
+        tracing::warn!("an old extent map stays on disk: {}", e.chain());
+    }
     if replay.rebuilt
         && let Err(e) = reclaim::checkpoint(&shared)
     {
@@ -852,6 +858,7 @@ pub fn close(shared: &Shared) -> Result<()> {
         done => drop(done?),
     }
     shared.log.seal(shared)?;
+    shared.map_to_disk(true);
     reclaim::checkpoint(shared)?;
     mark_open(shared, false)?;
     flushed
