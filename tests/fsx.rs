@@ -113,8 +113,7 @@ struct Exerciser {
 
 impl Exerciser {
     fn start(program: &Path, rig: &Rig, config: &str, target: &Path) -> Exerciser {
-        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
-        let seed = setting("STILLFRAME_FSX_SEED", now.as_nanos() as u64);
+        let seed = setting("STILLFRAME_FSX_SEED", rig::SEED);
         let ops = setting("STILLFRAME_FSX_OPS", 100_000);
         println!(
             "STILLFRAME_FSX_SEED={seed} STILLFRAME_FSX_OPS={ops}: {}",

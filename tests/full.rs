@@ -876,10 +876,7 @@ fn campaign(kind: &'static str) {
         return;
     }
     let rounds = setting("STILLFRAME_FULL_ROUNDS", 1);
-    let seed = setting("STILLFRAME_FULL_SEED", {
-        let now = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap();
-        now.as_nanos() as u64
-    });
+    let seed = setting("STILLFRAME_FULL_SEED", rig::SEED);
     for round in 0..rounds {
         eprintln!("{kind}: round {round}, STILLFRAME_FULL_SEED={seed}");
         let mut campaign = Campaign::new(kind, round, seed.wrapping_add(round));

@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use cap::Cap;
 
@@ -60,10 +60,8 @@ fn number(name: &str) -> Option<u64> {
     Some(parsed.unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }
 
-fn seed_of_now() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.expect("after 1970").as_nanos() as u64
-}
+/// The seed when none is given: a run says something of the change that is tested, and of nothing else.
+const SEED: u64 = 20_261_122;
 
 /// How far a campaign has come.
 struct State {
@@ -82,7 +80,7 @@ impl State {
         let text = file.as_ref().and_then(|file| fs::read_to_string(file).ok());
         let mut words = text.as_deref().unwrap_or("").split_whitespace();
         let seed = words.next().and_then(|w| w.parse().ok());
-        let fresh = || number("STILLFRAME_FUZZ_SEED").unwrap_or_else(seed_of_now);
+        let fresh = || number("STILLFRAME_FUZZ_SEED").unwrap_or(SEED);
         State {
             file,
             seed: seed.unwrap_or_else(fresh),

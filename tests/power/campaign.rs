@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use crate::crash::Replay;
 use crate::disks::Farm;
@@ -24,8 +24,7 @@ const OPERATIONS: u64 = 120;
 const OPERATIONS_AFTER: u64 = 40;
 
 pub fn seed() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    setting("STILLFRAME_POWER_SEED", now.unwrap().as_nanos() as u64)
+    setting("STILLFRAME_POWER_SEED", crate::rig::SEED)
 }
 
 pub struct Campaign {
