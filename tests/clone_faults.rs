@@ -133,15 +133,7 @@ impl Stage {
 
     /// No space, and what the log had written ahead and set aside is gone.
     fn nothing_held_back(&self) {
-        let segment = self.newest_segment();
-        let bytes = self.world.peek(&segment).unwrap();
-        let used = bytes.iter().rposition(|&byte| byte != 0).unwrap() + 1;
-        let disk = self.world.disk(&segment).unwrap();
-        disk.set_size(used.next_multiple_of(4096) as u64).unwrap();
-        disk.sync_data().unwrap();
-        let dir = self.world.dir("store/log");
-        dir.remove("spare").ok();
-        dir.sync().unwrap();
+        sim::nothing_held_back(&self.world);
         let used = self.world.allocated("store");
         self.world.set_space("store", Some(used));
     }

@@ -17,6 +17,8 @@
 )]
 
 mod rig;
+#[path = "rig/sim.rs"]
+mod sim;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,7 +28,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use stillframe::error::{Error, Kind, Result};
 use stillframe::map::memory::MemoryIndexHome;
-use stillframe::sys::disk::{Dir, Disk, Identity};
+use stillframe::sys::disk::{Disk, Identity};
 use stillframe::sys::sim::{Op, SimWorld};
 use stillframe::units::{Grain, Name};
 use stillframe::volume::{
@@ -35,6 +37,7 @@ use stillframe::volume::{
 };
 
 use rig::Chance;
+use sim::nothing_held_back;
 
 const MIB: u64 = 1 << 20;
 const DEVICE: u64 = 1536 << 10;
@@ -776,22 +779,6 @@ fn a_full_disk_refuses_and_changes_nothing() {
     stage.revert("a").unwrap();
     stage.check(&stage.views["a"], "reverted");
     assert_eq!(stage.check_snapshots(&stage.live, "reverted"), 1);
-}
-
-/// Takes what the log has written ahead and set aside.
-fn nothing_held_back(world: &SimWorld) {
-    let dir = world.dir("store/log");
-    let mut names = dir.list().unwrap();
-    names.retain(|name| name != "spare");
-    names.sort();
-    let segment = format!("store/log/{}", names.last().unwrap());
-    let bytes = world.peek(&segment).unwrap();
-    let used = bytes.iter().rposition(|&byte| byte != 0).unwrap() + 1;
-    let disk = world.disk(&segment).unwrap();
-    disk.set_size(used.next_multiple_of(4096) as u64).unwrap();
-    disk.sync_data().unwrap();
-    dir.remove("spare").ok();
-    dir.sync().unwrap();
 }
 
 /// A revert cut short, and then a disk so full that nothing more can be preserved: it goes back, or

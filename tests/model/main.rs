@@ -235,7 +235,9 @@ impl Run {
                 panic!("seed {}: operation {choice}: {e:?}; {used} used", self.seed)
             });
         }
-        self.learn_failures();
+        if self.full > 0 {
+            self.learn_failures();
+        }
         self.fill_or_free();
     }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use stillframe::error::{Error, Kind, Result};
 use stillframe::map::memory::MemoryIndexHome;
-use stillframe::sys::disk::Disk;
+use stillframe::sys::disk::{Dir, Disk};
 use stillframe::sys::sim::SimWorld;
 use stillframe::volume::{Environment, Sources};
 
@@ -32,6 +32,23 @@ pub fn environment(world: &SimWorld, index: &MemoryIndexHome) -> Environment {
         sources: Arc::new(SimSources(world.clone())),
         clock: Arc::new(world.clock()),
     }
+}
+
+/// Takes from the log what it has in hand for a full disk: what was written ahead in its newest segment, and
+/// the spare one.
+pub fn nothing_held_back(world: &SimWorld) {
+    let dir = world.dir("store/log");
+    let mut names = dir.list().unwrap();
+    names.retain(|name| name != "spare");
+    names.sort();
+    let segment = format!("store/log/{}", names.last().unwrap());
+    let bytes = world.peek(&segment).unwrap();
+    let used = bytes.iter().rposition(|&byte| byte != 0).unwrap() + 1;
+    let disk = world.disk(&segment).unwrap();
+    disk.set_size(used.next_multiple_of(4096) as u64).unwrap();
+    disk.sync_data().unwrap();
+    dir.remove("spare").ok();
+    dir.sync().unwrap();
 }
 
 pub type Page = Arc<[u8; PAGE as usize]>;
