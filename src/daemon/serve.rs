@@ -93,6 +93,7 @@ pub fn run(config: &Config, announce: &mut dyn Announce) -> Result<()> {
     process::private_umask();
     process::keep_few_heaps();
     process::raise_descriptor_limit();
+    signals::as_the_system_does();
     signals::ignore_harmless();
     // Threads inherit it: before the first.
     let flusher = process::set_io_flusher();

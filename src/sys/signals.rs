@@ -1,12 +1,42 @@
 //! Signals of a daemon other than those that end it.
 //!
 //! SIGTERM, SIGINT and SIGHUP end it cleanly and are caught elsewhere; everything not named here or there
-//! does what the system does, which for most is a kill.
+//! does what the system does, which for most is a kill, however the daemon was started: what its starter
+//! ignores or blocks is not inherited ([`as_the_system_does`]).
 
 #![allow(unsafe_code, reason = "signal dispositions and masks")]
 
 use std::io;
 use std::thread;
+
+/// Undoes what this process was started with: signals that were ignored do again what the system does, and
+/// none is blocked. A shell without job control, for one, starts what it puts in the background with SIGINT
+/// and SIGQUIT ignored. To be called before other threads start and before any signal is caught; SIGPIPE
+/// stays as the language's runtime has set it: ignored.
+pub fn as_the_system_does() {
+    for signal in 1..=libc::SIGRTMAX() {
+        if signal == libc::SIGPIPE {
+            continue;
+        }
+        // SAFETY: this runs no code of ours. It is refused for signals that cannot be changed (SIGKILL,
+        // SIGSTOP, the C library's own), and then changes nothing.
+        unsafe {
+            let mut now: libc::sigaction = std::mem::zeroed();
+            let asked = libc::sigaction(signal, std::ptr::null(), &raw mut now);
+            // What is caught (the runtime does so to tell of a stack that is too small) stays caught.
+            if asked == 0 && now.sa_sigaction == libc::SIG_IGN {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+        }
+    }
+    // SAFETY: all zeros is a `sigset_t`, which `sigemptyset` makes a valid one; the mask is this thread's,
+    // and inherited by those it starts.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
 
 /// Has the daemon live on where the system would stop or end it for no reason of ours: SIGTSTP, SIGTTIN
 /// and SIGTTOU (a stopped daemon hangs everybody who uses its mount; SIGSTOP cannot be helped) and SIGXFSZ

@@ -9,6 +9,7 @@
 
 mod hanging;
 mod limits;
+mod quit;
 mod signals;
 mod sources;
 mod stores;
