@@ -360,10 +360,9 @@ fn cut_off_later(mounted: &Arc<Mounted>) -> impl Fn() + Send + 'static {
     }
 }
 
-/// Has the kernel forget what it knows of images that are not what they were: cached pages of
-/// snapshots that fail (from then on every read is refused), and pages and attributes of a volume
-/// that was reverted or resized. In a thread of its own, because the kernel may call back before it
-/// answers.
+/// Has the kernel look again at images that are not what they were, before it next reads from its cache:
+/// snapshots that fail (it then drops their pages, and every read is refused), and volumes that were
+/// reverted or resized. In a thread of its own, so that nobody who tells of it waits for the kernel.
 fn forget_stale(engine: &Engine, tree: &Tree, session: Arc<SessionHandle>) -> Result<()> {
     let (tell, stale) = mpsc::channel();
     let changed = tell.clone();
@@ -378,8 +377,9 @@ fn forget_stale(engine: &Engine, tree: &Tree, session: Arc<SessionHandle>) -> Re
         .name("forget-stale".into())
         .spawn(move || {
             for ino in stale {
-                if let Err(e) = session.invalidate_inode(NodeId(ino)) {
-                    tracing::debug!("{}", e.chain());
+                match session.forget_attributes(NodeId(ino)) {
+                    Ok(()) => tracing::debug!("the kernel looks again at inode {ino}"),
+                    Err(e) => tracing::debug!("{}", e.chain()),
                 }
             }
         })

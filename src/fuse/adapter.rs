@@ -132,6 +132,8 @@ impl Filesystem for Adapter {
             ("ASYNC_DIO", InitFlags::FUSE_ASYNC_DIO),
             // Numbers can be looked up for ever, and none is given again: generation 0 will do.
             ("EXPORT_SUPPORT", InitFlags::FUSE_EXPORT_SUPPORT),
+            // Whoever reads has the pages dropped of what failed: `SessionHandle::forget_attributes`.
+            ("AUTO_INVAL_DATA", InitFlags::FUSE_AUTO_INVAL_DATA),
         ];
         for (name, flag) in wanted {
             // None is needed to be right: without ATOMIC_O_TRUNC a rewrite is refused (EPERM).

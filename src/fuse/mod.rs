@@ -10,6 +10,8 @@
 //!   every request it took.
 //! - F3: a write is never cached by the kernel: `live.img` and clones are opened for direct I/O, and
 //!   the kernel's write-back cache is never asked for.
+//! - F4: what a daemon uses of this waits nowhere in the kernel for a request that only this process can
+//!   answer: a process that does cannot be ended, not even by SIGKILL.
 //!
 //! Who may use the mount is the kernel's business (the mount option `allow_other`, with
 //! `default_permissions`), not fuser's: its own check would lock out loop devices.
@@ -177,18 +179,26 @@ impl SessionHandle {
         }
     }
 
-    /// Makes the kernel drop cached content and attributes of a node. May wait for reads of it in
-    /// flight, so it must not be called from a request's handler.
+    /// Makes the kernel ask for a node's attributes before they are next looked at, which it does before
+    /// every read from its cache, too. If size or time of change are not what they were it then drops the
+    /// content it has cached.
+    ///
+    /// Waits for no request, and cannot be made to drop content here: that waits, in the kernel and not to
+    /// be ended even by SIGKILL, for reads in flight. If this process dies then, nobody answers them, and
+    /// it stays half dead, with mount, files and locks, until somebody cuts the connection. Whoever
+    /// looks next can wait for us; we cannot.
     ///
     /// # Errors
     /// `Io`; a node the kernel does not know is fine.
-    pub fn invalidate_inode(&self, node: NodeId) -> Result<()> {
+    pub fn forget_attributes(&self, node: NodeId) -> Result<()> {
+        const NO_CONTENT: i64 = -1;
         self.notifier
-            .inval_inode(INodeNo(node.0), 0, 0)
+            .inval_inode(INodeNo(node.0), NO_CONTENT, 0)
             .context(|| format!("cannot invalidate inode {}", node.0))
     }
 
-    /// Makes the kernel drop a cached name; the same rules.
+    /// Makes the kernel drop a cached name. May wait for requests, as [`SessionHandle::forget_attributes`]
+    /// says what must not: not for a daemon.
     ///
     /// # Errors
     /// `Io`; a name the kernel does not know is fine.

@@ -17,7 +17,7 @@ use crate::tree::node::{
 };
 use crate::tree::types::{Attr, FileKind, HandleId, NodeId, Result, SetAttr, TreeError};
 use crate::units::SECTOR;
-use crate::volume::{CloneInfo, SnapshotInfo};
+use crate::volume::{CloneInfo, SnapshotInfo, SnapshotState};
 
 const MODE_DIRECTORY: u16 = 0o700;
 const MODE_READ_ONLY: u16 = 0o400;
@@ -130,7 +130,7 @@ impl Tree {
             nlink: u32::from(linked),
             size: info.size,
             allocated: info.allocated,
-            mtime_ns: info.mtime_ns,
+            mtime_ns: told_mtime(info.mtime_ns, &info.state),
             ctime_ns: info.taken_ns,
             fixed: true,
         })
@@ -151,7 +151,7 @@ impl Tree {
             size: info.size,
             // One that cannot be asked is shown as full: nobody then skips a hole that is not one.
             allocated: allocated.unwrap_or(u64::MAX),
-            mtime_ns: info.mtime_ns,
+            mtime_ns: told_mtime(info.mtime_ns, &info.state),
             ctime_ns: info.mtime_ns.max(info.created_ns),
             fixed: false,
         })
@@ -297,6 +297,15 @@ impl Tree {
     /// `Io`.
     pub fn statfs(&self) -> Result<Space> {
         Ok(self.status.space()?)
+    }
+}
+
+/// The time of change that a view tells: once it has failed, a nanosecond later. Caches above, the kernel's
+/// first, drop content whose file has changed, and only then ask for what is now refused.
+fn told_mtime(mtime_ns: i64, state: &SnapshotState) -> i64 {
+    match state {
+        SnapshotState::Active => mtime_ns,
+        SnapshotState::Failed(_) => mtime_ns.saturating_add(1),
     }
 }
 
