@@ -114,7 +114,9 @@ pub fn catch_signals(tell: Sender<Event>) -> Result<()> {
             .unwrap_or_else(PoisonError::into_inner)
             .send(Event::Signal);
     })
-    .map_err(|e| Error::with_source(Kind::Io, "cannot catch signals", e))
+    .map_err(|e| Error::with_source(Kind::Io, "cannot catch signals", e))?;
+    signals::as_to_hangups();
+    Ok(())
 }
 
 /// Has SIGUSR1 write to the log what is under way. To be called before other threads start.

@@ -2,17 +2,20 @@
 //!
 //! SIGTERM, SIGINT and SIGHUP end it cleanly and are caught elsewhere; everything not named here or there
 //! does what the system does, which for most is a kill, however the daemon was started: what its starter
-//! ignores or blocks is not inherited ([`as_the_system_does`]).
+//! ignores or blocks is not inherited ([`as_the_system_does`]), but for SIGHUP under `nohup`.
 
 #![allow(unsafe_code, reason = "signal dispositions and masks")]
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 /// Undoes what this process was started with: signals that were ignored do again what the system does, and
 /// none is blocked. A shell without job control, for one, starts what it puts in the background with SIGINT
 /// and SIGQUIT ignored. To be called before other threads start and before any signal is caught; SIGPIPE
 /// stays as the language's runtime has set it: ignored.
+///
+/// An ignored SIGHUP stays so ([`as_to_hangups`]): only `nohup`, and who means the same, does that.
 pub fn as_the_system_does() {
     for signal in 1..=libc::SIGRTMAX() {
         if signal == libc::SIGPIPE {
@@ -24,7 +27,10 @@ pub fn as_the_system_does() {
             let mut now: libc::sigaction = std::mem::zeroed();
             let asked = libc::sigaction(signal, std::ptr::null(), &raw mut now);
             // What is caught (the runtime does so to tell of a stack that is too small) stays caught.
-            if asked == 0 && now.sa_sigaction == libc::SIG_IGN {
+            let ignored = asked == 0 && now.sa_sigaction == libc::SIG_IGN;
+            if ignored && signal == libc::SIGHUP {
+                HANGUPS_IGNORED.store(true, Ordering::Relaxed);
+            } else if ignored {
                 libc::signal(signal, libc::SIG_DFL);
             }
         }
@@ -35,6 +41,17 @@ pub fn as_the_system_does() {
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
+}
+
+/// Whether SIGHUP was ignored when this process was started.
+static HANGUPS_IGNORED: AtomicBool = AtomicBool::new(false);
+
+/// Ignores SIGHUP again, which has been caught since, if it was ignored when this process was started.
+pub fn as_to_hangups() {
+    if HANGUPS_IGNORED.load(Ordering::Relaxed) {
+        // SAFETY: ignoring a signal runs no code of ours.
+        unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
     }
 }
 
