@@ -4,7 +4,8 @@
 //! opens by itself and every view is what the model says, every diff names what changed, and the
 //! accounts are those that the log alone gives.
 //!
-//! Method: a seed makes a history on small volumes. Each round runs a short random trace again and again
+//! Method: a seed begins with scouts ([`crate::scouts`]): a few states out of each of many kinds of moment.
+//! Then it looks longer, from where they came to. Each round runs a short random trace again and again
 //! from one state, and ends it at its 1st, 2nd, 3rd... changing I/O (in every fourth round those of the
 //! recovery before it, too), until it ends by itself. Each of these moments is forked, never run again:
 //! every fork resolves what is in doubt in its own way, is recovered and compared. One of the states is
@@ -22,9 +23,11 @@ use stillframe::volume::Zeroing;
 
 use crate::campaign::{Campaign, Counts};
 use crate::rig::Chance;
-use crate::shape::Shape;
+use crate::scouts::scout;
 use crate::{Run, UnderWay};
 
+/// What a seed means; grows with every change of it.
+const SEEDS: u64 = 2;
 /// States out of one moment.
 const PER_MOMENT: u64 = 24;
 /// Rounds of one seed.
@@ -91,7 +94,7 @@ impl Run {
     }
 
     /// Takes a refusal that a full disk explains, and no other.
-    fn take_refusal(&mut self, done: Result<()>) {
+    pub fn take_refusal(&mut self, done: Result<()>) {
         if let Err(e) = self.tolerate(done) {
             panic!("seed {}: {e:?}", self.seed);
         }
@@ -99,7 +102,7 @@ impl Run {
     }
 
     /// A clean stop; whether it was cut off.
-    fn stop(&mut self) -> bool {
+    pub fn stop(&mut self) -> bool {
         self.volumes
             .iter_mut()
             .for_each(|model| model.stopping = true);
@@ -189,6 +192,11 @@ impl Run {
 /// Begun by this process.
 static STATES: AtomicU64 = AtomicU64::new(0);
 
+/// Notes that a state is begun.
+pub fn begun() {
+    STATES.fetch_add(1, Ordering::Relaxed);
+}
+
 /// Says where a state is that did not hold.
 pub struct Here(pub String);
 
@@ -197,7 +205,7 @@ impl Drop for Here {
         if std::thread::panicking() {
             let states = STATES.load(Ordering::Relaxed);
             eprintln!(
-                "the army: {}, in the first {states} states of this run",
+                "found by: {}, in the first {states} states of this run",
                 self.0
             );
         }
@@ -206,7 +214,7 @@ impl Drop for Here {
 
 /// One crash state: resolved, recovered, compared.
 pub fn state(moment: &Run, interrupted: bool, seed: u64, counts: &mut Counts) -> Run {
-    STATES.fetch_add(1, Ordering::Relaxed);
+    begun();
     let mut run = moment.fork(seed);
     // A device that went away under a living daemon took what was not synced there along.
     let device_lost = moment.faulty;
@@ -304,6 +312,13 @@ impl Run {
             .collect()
     }
 
+    /// Snapshots that failed on a full disk.
+    pub fn failures(&self) -> usize {
+        let lists = self.volumes.iter().map(|model| &model.snapshots);
+        let points = lists.flat_map(|list| list.values());
+        points.filter(|point| point.failed).count()
+    }
+
     /// A copy of a living one that lives, after a kill.
     fn reopened(&self, seed: u64) -> Run {
         let mut run = self.fork(seed);
@@ -313,7 +328,7 @@ impl Run {
     }
 }
 
-fn kind_of(under_way: &UnderWay) -> &'static str {
+pub fn kind_of(under_way: &UnderWay) -> &'static str {
     match under_way {
         UnderWay::Write(..) => "in a write",
         UnderWay::CloneWrite(..) => "in a clone's write",
@@ -440,26 +455,17 @@ fn round(base: &Run, seed: u64, counts: &mut Counts, here: &mut Here) -> Run {
 /// Everything that follows from one seed.
 fn soldier(seed: u64) -> Counts {
     let mut counts = Counts::default();
-    let mut here = Here(format!("STILLFRAME_ARMY_SEED={seed}, preparing"));
+    let mut here = Here(format!("STILLFRAME_ARMY_SEED={seed}"));
     let mut chance = Chance(seed ^ 0xa5a5_5a5a);
-    let mut run = Run::new(seed, Shape::small());
-    run.dying = true;
-    run.live_through(40);
+    let run = scout(seed, &mut counts, &mut here);
     let mut base = run.fork(chance.next());
     base.under_way = None;
     for n in 0..ROUNDS {
         here.0 = format!("STILLFRAME_ARMY_SEED={seed}, round {n}");
         base = round(&base, chance.next(), &mut counts, &mut here);
         base.under_way = None;
-        // Volumes that shrank or lost their snapshots would make for dull rounds.
-        let failed = |run: &Run| {
-            let lists = run.volumes.iter().map(|model| &model.snapshots);
-            lists
-                .flat_map(|list| list.values())
-                .filter(|point| point.failed)
-                .count()
-        };
-        if failed(&base) > 2 {
+        // Volumes that lost their snapshots would make for dull rounds.
+        if base.failures() > 2 {
             break;
         }
     }
@@ -469,11 +475,12 @@ fn soldier(seed: u64) -> Counts {
 /// 50,000 states in CI, as many more as a campaign is asked for.
 #[test]
 fn every_state_that_a_crash_can_leave_is_recovered() {
-    let done = Campaign::of("ARMY", 50_000).run(soldier);
+    let done = Campaign::of("ARMY", 50_000, SEEDS).run(soldier);
     let counts = &done.counts;
     println!("{done}");
     if done.full_share() {
         for (what, least) in [
+            ("of scouts", 4000),
             ("cut", 1000),
             ("killed", 1000),
             ("only the store's device cut", 1000),

@@ -58,6 +58,7 @@ fn broken(seed: u64, every: u64) -> Counts {
                     format!("STILLFRAME_BROKEN_SEED={seed}: {what:?} at {n}, trace {trace}");
                 here.0.clone_from(&named);
                 let mut run = base.fork(trace);
+                crate::army::begun();
                 run.reopen();
                 run.settle(None, false);
                 run.dying = true;
@@ -123,7 +124,7 @@ fn broken(seed: u64, every: u64) -> Counts {
 /// A sample in CI; a campaign takes every write.
 #[test]
 fn a_disk_that_breaks_its_promises_gives_no_wrong_byte() {
-    let campaign = Campaign::of("BROKEN", 300);
+    let campaign = Campaign::of("BROKEN", 300, 1);
     let every = if campaign.is_default() { 2 } else { 1 };
     let done = campaign.run(|seed| broken(seed, every));
     println!("{done}");

@@ -3,7 +3,8 @@
 //! Promises: `STILLFRAME_<NAME>_STATES` sets how many states a campaign is to have in all, by default the
 //! share that `cargo test` does; `STILLFRAME_<NAME>_SEED` runs one seed alone; with
 //! `STILLFRAME_<NAME>_FILE` the seeds done and what they added up to are kept in that file, whole or not
-//! at all, and the next run goes on behind them. Seeds are 0, 1, 2..., so a range of them says all.
+//! at all, and the next run goes on behind them. Seeds are 0, 1, 2..., so a range of them says all. A file
+//! of seeds that meant something else is refused.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -54,6 +55,8 @@ pub struct Campaign {
     seed: Option<u64>,
     file: Option<PathBuf>,
     next_seed: u64,
+    /// What a seed of this campaign means; it grows with every change of that.
+    meaning: u64,
     pub counts: Counts,
     took_s: f64,
     here: u64,
@@ -66,8 +69,9 @@ fn number(name: &str) -> Option<u64> {
 }
 
 impl Campaign {
-    /// The campaign of that name as the environment has it; `share` states without it.
-    pub fn of(name: &'static str, share: u64) -> Campaign {
+    /// The campaign of that name as the environment has it; `share` states without it. `meaning`
+    /// changes with what a seed does.
+    pub fn of(name: &'static str, share: u64, meaning: u64) -> Campaign {
         let variable = |what: &str| format!("STILLFRAME_{name}_{what}");
         let mut campaign = Campaign {
             name,
@@ -76,6 +80,7 @@ impl Campaign {
             seed: number(&variable("SEED")),
             file: std::env::var_os(variable("FILE")).map(PathBuf::from),
             next_seed: 0,
+            meaning,
             counts: Counts::default(),
             took_s: 0.0,
             here: 0,
@@ -139,23 +144,32 @@ impl Campaign {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return,
             Err(e) => panic!("{}: {e}", file.display()),
         };
+        // The first files said nothing of it.
+        let mut meaning = 1;
         for line in text.lines() {
             let (number, what) = line.split_once(' ').expect("a number and what it counts");
             let number: u64 = number.parse().expect("a number at the start of each line");
             match what {
                 "seeds from 0" => self.next_seed = number,
+                "meaning of a seed" => meaning = number,
                 "states" => self.counts.states = number,
                 "moments" => self.counts.moments = number,
                 what => self.counts.add_many(what, number),
             }
         }
+        assert_eq!(
+            meaning,
+            self.meaning,
+            "{}: its seeds meant something else (left) than they do now (right): name another file",
+            file.display()
+        );
     }
 
     fn save(&self) {
         let Some(file) = &self.file else { return };
         let mut text = format!(
-            "{} seeds from 0\n{} states\n{} moments\n",
-            self.next_seed, self.counts.states, self.counts.moments
+            "{} seeds from 0\n{} meaning of a seed\n{} states\n{} moments\n",
+            self.next_seed, self.meaning, self.counts.states, self.counts.moments
         );
         for (what, count) in &self.counts.kinds {
             text += &format!("{count} {what}\n");

@@ -344,6 +344,7 @@ impl Loop<'_> {
         loop {
             here.0 = format!("{head}: {name}, {} at {n}, {often}", self.site.0);
             let mut run = self.base.fork(self.seed);
+            crate::army::begun();
             if !case(&mut run, n, counts) {
                 break;
             }
@@ -437,37 +438,51 @@ impl Loop<'_> {
     }
 }
 
+enum Case {
+    Operation((&'static str, Workload), usize),
+    Opening(&'static str),
+}
+
+/// Every operation on each volume and every opening, with everything that may fail there.
+fn every_kind(volumes: usize) -> Vec<((&'static str, Site), bool, Case)> {
+    let mut all = Vec::new();
+    for &site in SITES {
+        for lasting in [false, true] {
+            for &work in WORKLOADS {
+                all.extend((0..volumes).map(|v| (site, lasting, Case::Operation(work, v))));
+            }
+            all.extend(
+                OPENINGS
+                    .iter()
+                    .map(|how| (site, lasting, Case::Opening(how))),
+            );
+        }
+    }
+    all
+}
+
 fn every_loop(seed: u64, every: u64) -> Counts {
     let mut counts = Counts::default();
     let mut here = Here(format!("STILLFRAME_FAULTS_SEED={seed}"));
     let base = furnished(seed);
     let mut chance = Chance(seed ^ 0x0fa1_0fa1);
-    for &site in SITES {
-        for lasting in [false, true] {
-            for &work in WORKLOADS {
-                for v in 0..base.volumes.len() {
-                    Loop {
-                        base: &base,
-                        seed: chance.next(),
-                        site,
-                        lasting,
-                        first: 1 + chance.below(every),
-                        step: every,
-                    }
-                    .operation(work, v, &mut counts, &mut here);
-                }
-            }
-            for how in OPENINGS {
-                Loop {
-                    base: &base,
-                    seed: chance.next(),
-                    site,
-                    lasting,
-                    first: 1 + chance.below(every),
-                    step: every,
-                }
-                .opening(how, &mut counts, &mut here);
-            }
+    let mut loops = every_kind(base.volumes.len());
+    // Mixed, so that a part of them has something of every kind.
+    for n in (1..loops.len()).rev() {
+        loops.swap(n, chance.below(n as u64 + 1) as usize);
+    }
+    for (site, lasting, kind) in loops {
+        let of = Loop {
+            base: &base,
+            seed: chance.next(),
+            site,
+            lasting,
+            first: 1 + chance.below(every),
+            step: every,
+        };
+        match kind {
+            Case::Operation(work, v) => of.operation(work, v, &mut counts, &mut here),
+            Case::Opening(how) => of.opening(how, &mut counts, &mut here),
         }
     }
     counts
@@ -476,7 +491,7 @@ fn every_loop(seed: u64, every: u64) -> Counts {
 /// A sample in CI; a campaign takes every n.
 #[test]
 fn every_io_may_fail() {
-    let campaign = Campaign::of("FAULTS", 1500);
+    let campaign = Campaign::of("FAULTS", 1500, 2);
     let every = if campaign.is_default() { 7 } else { 1 };
     let done = campaign.run(|seed| every_loop(seed, every));
     println!("{done}");

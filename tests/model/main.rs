@@ -13,7 +13,7 @@
 //!
 //! Files: [`state`] what the model knows; [`shape`] how large it is; [`live`], [`points`], [`clones`],
 //! [`reshape`] the operations; [`crash`] kills, power cuts and what they may leave; [`check`] the
-//! comparison. [`army`] takes many crash states out of each moment, [`sequences`] does so for all short
+//! comparison. [`army`] takes many crash states out of each moment, after [`scouts`] took a few of each kind; [`sequences`] does so for all short
 //! sequences, [`faults`] lets the n-th I/O fail, [`broken`] has disks lie; [`campaign`] runs many seeds.
 
 #![allow(
@@ -33,6 +33,7 @@ mod points;
 mod reshape;
 #[path = "../rig/mod.rs"]
 mod rig;
+mod scouts;
 mod sequences;
 mod shape;
 #[path = "../rig/sim.rs"]

@@ -1,6 +1,6 @@
 //! Revert and resize.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use stillframe::error::{Kind, Result};
 use stillframe::units::Name;
@@ -175,21 +175,51 @@ impl Run {
         };
         let Some(from) = from else { return };
         let model = &self.volumes[v];
-        let a = match bookmark {
-            true => model.bookmarks[&from].clone(),
-            false => model.snapshots[&from].clone(),
+        let instant = match bookmark {
+            true => model.bookmarks[&from].instant,
+            false => model.snapshots[&from].instant,
         };
         let later: Vec<String> = model
             .snapshots
             .iter()
-            .filter(|(_, s)| s.instant > a.instant)
+            .filter(|(_, s)| s.instant > instant)
             .map(|(name, _)| name.clone())
             .collect();
         let to = match self.chance.below(later.len() as u64 + 1) {
             0 => None,
             n => Some(later[n as usize - 1].clone()),
         };
+        self.check_diff_between(v, &from, bookmark, to);
+    }
+
+    /// The diffs from every point of every volume to every later snapshot and to now.
+    pub fn check_all_diffs(&mut self) {
+        for v in 0..self.volumes.len() {
+            let model = &self.volumes[v];
+            let points = |of: &BTreeMap<String, Point>, bookmark| {
+                let points = of.iter();
+                let points = points.map(|(name, p)| (name.clone(), p.instant, bookmark));
+                points.collect::<Vec<_>>()
+            };
+            let snapshots = points(&model.snapshots, false);
+            let bookmarks = points(&model.bookmarks, true);
+            for (from, instant, bookmark) in snapshots.iter().chain(&bookmarks) {
+                for (to, later, _) in &snapshots {
+                    if later > instant {
+                        self.check_diff_between(v, from, *bookmark, Some(to.clone()));
+                    }
+                }
+                self.check_diff_between(v, from, *bookmark, None);
+            }
+        }
+    }
+
+    fn check_diff_between(&mut self, v: usize, from: &str, bookmark: bool, to: Option<String>) {
         let model = &self.volumes[v];
+        let a = match bookmark {
+            true => model.bookmarks[from].clone(),
+            false => model.snapshots[from].clone(),
+        };
         let (content, size, instant) = match &to {
             Some(to) => {
                 let b = &model.snapshots[to];
@@ -201,7 +231,7 @@ impl Run {
         let to = to.map(|to| Name::new(&to).unwrap());
         let diff = match self
             .engine
-            .diff(&model.name, &Name::new(&from).unwrap(), to.as_ref())
+            .diff(&model.name, &Name::new(from).unwrap(), to.as_ref())
         {
             Err(e) if e.kind() == Kind::Failed && self.may_fail(v) => return,
             diff => diff.unwrap_or_else(|e| panic!("{what}: {e:?}")),
