@@ -109,6 +109,11 @@ impl ExtentMap {
     ) -> Result<()> {
         let index = self.index();
         let mut batches = Batches::new(&*index);
+        if planted(Bug::AppliedFirst) {
+            let (key, value) = encode_applied(applied);
+            self.index().apply(vec![(key, Some(value))])?;
+            self.index().checkpoint()?;
+        }
         for (key, later) in frozen {
             let name = key.encode();
             let mut page = match self.index().get(&name)? {

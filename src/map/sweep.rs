@@ -197,7 +197,10 @@ impl Walk<'_> {
     /// Whether some live snapshot reads what was preserved at `epoch`, if its grain had been
     /// preserved before at `before`.
     fn needed(&self, before: Option<Epoch>, epoch: Epoch) -> bool {
-        let upto = self.live.partition_point(|&live| live <= epoch);
+        let upto = match planted(Bug::SweptAtEpoch) {
+            true => self.live.partition_point(|&live| live < epoch),
+            false => self.live.partition_point(|&live| live <= epoch),
+        };
         if planted(Bug::SweptEarly) {
             return upto > 0 && before.is_none();
         }

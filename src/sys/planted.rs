@@ -65,6 +65,30 @@ pub enum Bug {
     HeadKept,
     /// Of several segments that go at once, each is cut only when its successor, whose link says where it ends, goes.
     LinkFirst,
+    /// Recovery begins one batch behind where the index ends.
+    ReplayShort,
+    /// Recovery does not read the marks of regions that change.
+    IntentUnread,
+    /// A clean stop does not make the sources durable.
+    CleanEarly,
+    /// A resize says that it is done before the source's size is durable.
+    SizeUnsynced,
+    /// A revert overwrites without a record that it has begun.
+    RevertUnmeant,
+    /// The name of a clone's new file is not synced.
+    OverlayNameUnsynced,
+    /// Preserved content counts as unneeded by the snapshot of its own epoch.
+    SweptAtEpoch,
+    /// A clone's files go before its deletion is durable.
+    CloneFilesFirst,
+    /// The catalogue forgets a snapshot before its deletion is durable.
+    CatalogEarly,
+    /// A diff leaves out what was written right after its first snapshot.
+    DiffShort,
+    /// The index says how far it goes before it has gone there.
+    AppliedFirst,
+    /// A discard leaves the volume as clean as it was.
+    DiscardClean,
 }
 
 /// Whether this process has that fault.
@@ -152,7 +176,7 @@ pub const POINTS: [&str; 21] = [
 
 /// Every fault there is.
 #[cfg(feature = "planted")]
-pub const ALL: [Bug; 28] = [
+pub const ALL: [Bug; 40] = [
     Bug::UndoUnsynced,
     Bug::IndexUnsynced,
     Bug::SumsIgnored,
@@ -181,4 +205,16 @@ pub const ALL: [Bug; 28] = [
     Bug::OverlayUnsynced,
     Bug::HeadKept,
     Bug::LinkFirst,
+    Bug::ReplayShort,
+    Bug::IntentUnread,
+    Bug::CleanEarly,
+    Bug::SizeUnsynced,
+    Bug::RevertUnmeant,
+    Bug::OverlayNameUnsynced,
+    Bug::SweptAtEpoch,
+    Bug::CloneFilesFirst,
+    Bug::CatalogEarly,
+    Bug::DiffShort,
+    Bug::AppliedFirst,
+    Bug::DiscardClean,
 ];

@@ -564,6 +564,9 @@ impl Engine {
         shared.check_open()?;
         let clone = shared.find_clone(volume, name)?;
         let record = clone_deleted_record(clone.vol.id, clone.id);
+        if planted(Bug::CloneFilesFirst) {
+            clone.writable()?.top()?.overlay.remove()?;
+        }
         shared.append_clones(Some(&clone), vec![record])?;
         lock(&shared.clones).by_id.remove(&clone.id);
         clone.state().deleted = true;

@@ -12,7 +12,7 @@ use crate::volume::catalog::{INO_PER_VOLUME, SnapEntry, Trust, VolumeEntry, volu
 use crate::volume::facts::{
     Environment, Settings, SnapshotInfo, ThinInfo, VolumeOptions, VolumeState,
 };
-use crate::volume::live::{Volume, flush};
+use crate::volume::live::{Volume, flush, note_failed_sync};
 use crate::volume::read::Snapshot;
 use crate::volume::shared::{Shared, Vol, lock};
 use crate::volume::{bookmarks, reclaim, recovery, snapshots};
@@ -241,6 +241,7 @@ impl Engine {
         // What is accepted is what the medium has: after a failed sync the cache may show more.
         source
             .sync_data()
+            .inspect_err(|e| note_failed_sync(&vol, e))
             .and_then(|()| source.drop_cache())
             .context(|| "cannot make the source durable")?;
         if vol.state().trust == Trust::Changed {

@@ -435,7 +435,9 @@ impl Volume {
             };
             point("write half done");
             // After the write: a sync that began before it must not clear this.
-            vol.dirty.store(true, Ordering::Release);
+            if !planted(Bug::DiscardClean) || !matches!(new, Change::Zero) {
+                vol.dirty.store(true, Ordering::Release);
+            }
             done.context(|| {
                 format!(
                     "cannot write {len} bytes at {} of {}",
@@ -541,14 +543,18 @@ pub(in crate::volume) fn flush(vol: &Vol) -> Result<()> {
                 source = vol.source_path,
                 "a sync of the source failed: {why}"
             );
-            let mut state = vol.state();
-            let keep = !planted(Bug::SyncErrorForgotten);
-            if keep && matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
-                state.health = VolumeState::Suspect(why.clone());
-            }
-            drop(state);
+            note_failed_sync(vol, &e);
             Err(suspect(&why))
         }
+    }
+}
+
+/// Remembers that a sync of the source failed (I7): what it covered may be lost, and no later one says so.
+pub(in crate::volume) fn note_failed_sync(vol: &Vol, e: &std::io::Error) {
+    let mut state = vol.state();
+    let keep = !planted(Bug::SyncErrorForgotten);
+    if keep && matches!(state.health, VolumeState::Active | VolumeState::Unverified) {
+        state.health = VolumeState::Suspect(e.to_string());
     }
 }
 

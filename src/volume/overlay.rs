@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use crate::error::{Error, IoContext, Kind, Result};
 use crate::map::GrainSet;
 use crate::sys::disk::{Dir, Disk, Open};
+use crate::sys::planted::{Bug, planted};
 use crate::volume::shared::lock;
 use crate::volume::sums::{self, Sums};
 
@@ -509,6 +510,7 @@ impl Overlay {
             }
         }
         if dirty.names
+            && !planted(Bug::OverlayNameUnsynced)
             && let Some(dir) = self.home.dir(false)?
         {
             dir.sync().context(context)?;

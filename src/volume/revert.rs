@@ -146,7 +146,10 @@ impl Volume {
             target,
             undo: undo.epoch.0,
         };
-        let begun = shared.append_records(vec![revert_begin_record(vol.id, reverting)]);
+        let begun = match planted(Bug::RevertUnmeant) {
+            true => Ok(crate::units::Lsn(0)),
+            false => shared.append_records(vec![revert_begin_record(vol.id, reverting)]),
+        };
         drop(structure);
         if let Err(e) = begun {
             self.refused_intent(&e, "a revert");

@@ -370,6 +370,12 @@ pub fn delete(shared: &Arc<Shared>, volume: &Name, name: &Name, keep: bool) -> R
         true => bookmark_record(vol.id, epoch, &bookmarks::kept(volume, &snap)?),
         false => Record::plain(RecordType::Delete, vol.id, epoch, Vec::new()),
     };
+    if planted(Bug::CatalogEarly) && !keep {
+        lock(&shared.catalog).apply(&record)?;
+        release_point(shared, &vol, epoch, unique);
+        shared.append_records(vec![record])?;
+        return Ok(());
+    }
     if planted(Bug::FreedBeforeDelete) && !keep {
         release_point(shared, &vol, epoch, unique);
         crate::volume::reclaim::reclaim(shared, &vol)?;

@@ -22,8 +22,8 @@ use crate::rig::Chance;
 const OPERATIONS: u64 = 8;
 
 impl Run {
-    /// Everything the model knows is listed.
-    fn nothing_vanished(&self, what: &str, counts: &mut Counts) {
+    /// Every snapshot and clone the model knows is listed.
+    pub fn nothing_is_missing(&self, what: &str) {
         for model in &self.volumes {
             let listed = self.engine.snapshots(&model.name).expect("it is there");
             let gone = |name: &&String| !listed.iter().any(|s| s.name.as_str() == **name);
@@ -33,6 +33,13 @@ impl Run {
             let gone = |name: &&String| !listed.iter().any(|c| c.name.as_str() == **name);
             let gone: Vec<&String> = model.clones.keys().filter(gone).collect();
             assert!(gone.is_empty(), "{what}: clones {gone:?} vanished");
+        }
+    }
+
+    /// Everything the model knows is listed, and the live volumes are whole.
+    fn nothing_vanished(&self, what: &str, counts: &mut Counts) {
+        self.nothing_is_missing(what);
+        for model in &self.volumes {
             let volume = self.engine.volume(&model.name).expect("it is there");
             let size = volume.size().min(model.live.size) as usize;
             let mut bytes = vec![0; size];

@@ -40,6 +40,7 @@ const SPACE: &[Op] = &[Op::Write, Op::SetSize, Op::Open, Op::Punch];
 const SYNCS: &[Op] = &[Op::Sync, Op::DirSync];
 const TRANSFERS: &[Op] = &[Op::Read, Op::Write];
 
+const FAILED_SOURCE_SYNC: &str = "a failed sync in the source";
 const SITES: &[(&str, Site)] = &[
     ("EIO in the store", Site::Disk("store", EIO, &[])),
     ("ENOSPC in the store", Site::Disk("store", ENOSPC, SPACE)),
@@ -57,10 +58,7 @@ const SITES: &[(&str, Site)] = &[
         "short in the source",
         Site::Disk("sources", What::Short(libc::EIO), TRANSFERS),
     ),
-    (
-        "a failed sync in the source",
-        Site::Disk("sources", EIO, SYNCS),
-    ),
+    (FAILED_SOURCE_SYNC, Site::Disk("sources", EIO, SYNCS)),
     ("an error of the index", Site::Index(Kind::Io)),
     ("no space for the index", Site::Index(Kind::NoSpace)),
 ];
@@ -326,37 +324,45 @@ struct Loop<'a> {
     seed: u64,
     site: (&'static str, Site),
     lasting: bool,
-    first: u64,
+    case: Case,
+    n: u64,
     step: u64,
 }
 
 impl Loop<'_> {
+    /// One n; whether there is another.
+    fn turn(&mut self, counts: &mut Counts, here: &mut Here) -> bool {
+        let more = match self.case {
+            Case::Operation(work, v) => self.operation(work, v, counts, here),
+            Case::Opening(how) => self.opening(how, counts, here),
+        };
+        self.n += self.step;
+        assert!(self.n < 20_000, "it never ends");
+        counts.moments += u64::from(!more);
+        more
+    }
+
     fn run(
         &self,
         name: &str,
         counts: &mut Counts,
         here: &mut Here,
         case: &dyn Fn(&mut Run, u64, &mut Counts) -> bool,
-    ) {
+    ) -> bool {
         let head = here.0.clone();
         let often = if self.lasting { "from then on" } else { "once" };
-        let mut n = self.first;
-        loop {
-            here.0 = format!("{head}: {name}, {} at {n}, {often}", self.site.0);
-            let mut run = self.base.fork(self.seed);
+        here.0 = format!("{head}: {name}, {} at {}, {often}", self.site.0, self.n);
+        let mut run = self.base.fork(self.seed);
+        let struck = case(&mut run, self.n, counts);
+        if struck {
             crate::army::begun();
-            if !case(&mut run, n, counts) {
-                break;
-            }
             counts.states += 1;
             counts.add(self.site.0);
             counts.add(name);
-            run.repaired((self.seed ^ n) & 1 == 0, counts);
-            n += self.step;
-            assert!(n < 20_000, "it never ends");
+            run.repaired((self.seed ^ self.n) & 1 == 0, counts);
         }
-        counts.moments += 1;
         here.0 = head;
+        struck
     }
 
     fn operation(
@@ -365,7 +371,7 @@ impl Loop<'_> {
         v: usize,
         counts: &mut Counts,
         here: &mut Here,
-    ) {
+    ) -> bool {
         self.run(name, counts, here, &|run, n, counts| {
             run.reopen();
             run.settle(None, false);
@@ -379,6 +385,7 @@ impl Loop<'_> {
                 Ok(()) => counts.add("done all the same"),
                 Err(e) => {
                     one_line(&what, e);
+                    run.nothing_is_missing(&what);
                     counts.add("refused");
                     if std::env::var_os("STILLFRAME_FAULTS_SAY").is_some() {
                         println!("{what}: {}", e.chain());
@@ -390,12 +397,22 @@ impl Loop<'_> {
                 return false;
             }
             run.nothing_is_wrong(&what, counts);
+            if self.site.0 == FAILED_SOURCE_SYNC {
+                let good = |v| {
+                    let state = run.volume(v).info().state;
+                    matches!(state, VolumeState::Active | VolumeState::Unverified)
+                };
+                let forgotten = (0..run.volumes.len()).all(good);
+                // Behind a stop nobody asks again.
+                let said = name == "clean stop" && done.is_err();
+                assert!(said || !forgotten, "{what}: nobody knows of it any more");
+            }
             run.failed_sync_sticks(v, &what, counts);
             true
-        });
+        })
     }
 
-    fn opening(&self, how: &'static str, counts: &mut Counts, here: &mut Here) {
+    fn opening(&self, how: &'static str, counts: &mut Counts, here: &mut Here) -> bool {
         let name = format!("opening after: {how}");
         self.run(&name, counts, here, &|run, n, counts| {
             run.ever_full = true;
@@ -434,10 +451,11 @@ impl Loop<'_> {
             }
             assert!(run.struck() || done.is_ok(), "{what}: {done:?}");
             run.struck()
-        });
+        })
     }
 }
 
+#[derive(Clone, Copy)]
 enum Case {
     Operation((&'static str, Workload), usize),
     Opening(&'static str),
@@ -466,24 +484,25 @@ fn every_loop(seed: u64, every: u64) -> Counts {
     let mut here = Here(format!("STILLFRAME_FAULTS_SEED={seed}"));
     let base = furnished(seed);
     let mut chance = Chance(seed ^ 0x0fa1_0fa1);
-    let mut loops = every_kind(base.volumes.len());
-    // Mixed, so that a part of them has something of every kind.
-    for n in (1..loops.len()).rev() {
-        loops.swap(n, chance.below(n as u64 + 1) as usize);
+    let mut kinds = every_kind(base.volumes.len());
+    // Mixed, and each in its turn, so that a part of them has something of every kind.
+    for n in (1..kinds.len()).rev() {
+        kinds.swap(n, chance.below(n as u64 + 1) as usize);
     }
-    for (site, lasting, kind) in loops {
-        let of = Loop {
+    let mut loops = Vec::new();
+    for (site, lasting, case) in kinds {
+        loops.push(Loop {
             base: &base,
             seed: chance.next(),
             site,
             lasting,
-            first: 1 + chance.below(every),
+            case,
+            n: 1 + chance.below(every),
             step: every,
-        };
-        match kind {
-            Case::Operation(work, v) => of.operation(work, v, &mut counts, &mut here),
-            Case::Opening(how) => of.opening(how, &mut counts, &mut here),
-        }
+        });
+    }
+    while !loops.is_empty() {
+        loops.retain_mut(|of| of.turn(&mut counts, &mut here));
     }
     counts
 }

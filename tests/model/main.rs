@@ -251,7 +251,8 @@ impl Run {
     /// Takes a refusal on a full disk: a prefix may have been written.
     fn tolerate(&mut self, done: Result<()>) -> Result<()> {
         match done {
-            Err(e) if e.kind() == Kind::NoSpace && self.full > 0 => {}
+            // A dead one refuses everything; what it may have written is seen in its next life.
+            Err(e) if e.kind() == Kind::NoSpace && self.full > 0 && !self.world.is_dead() => {}
             done => return done,
         }
         match self.under_way.take() {

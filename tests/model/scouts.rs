@@ -11,7 +11,8 @@
 
 use std::ops::ControlFlow;
 
-use stillframe::error::{Error, Result};
+use stillframe::error::{Error, Kind, Result};
+use stillframe::sys::sim::Op;
 use stillframe::volume::Zeroing;
 
 use crate::Run;
@@ -26,64 +27,78 @@ pub const STATES: u64 = 512;
 type Does = fn(&mut Run, usize) -> Result<()>;
 
 /// A kind of operation.
-struct Kind {
+struct Card {
     name: &'static str,
     /// What leads up to it and is not cut off.
     before: Does,
     /// It may be cut off anywhere in here.
     what: Does,
+    /// A full disk is no reason to refuse it.
+    always: bool,
 }
 
-const fn kind(name: &'static str, what: Does) -> Kind {
-    Kind {
+const fn card(name: &'static str, what: Does) -> Card {
+    Card {
         name,
         before: |_, _| Ok(()),
         what,
+        always: false,
     }
 }
 
-const fn after(before: Does, name: &'static str, what: Does) -> Kind {
-    Kind { name, before, what }
+/// One that what is held back on a full disk is for.
+const fn always(name: &'static str, what: Does) -> Card {
+    Card {
+        always: true,
+        ..card(name, what)
+    }
+}
+
+const fn after(before: Does, name: &'static str, what: Does) -> Card {
+    Card {
+        before,
+        ..card(name, what)
+    }
 }
 
 /// Every kind of operation.
-const DECK: &[Kind] = &[
-    kind("write", |run, v| run.write(v)),
-    kind("writes and a flush", |run, v| {
+const DECK: &[Card] = &[
+    card("write", |run, v| run.write(v)),
+    card("writes and a flush", |run, v| {
         run.write(v)?;
         run.write(v)?;
         run.flush(v)
     }),
-    kind("write after a snapshot", |run, v| {
+    card("write after a snapshot", |run, v| {
         run.snapshot_of(&[v])?;
         run.write(v)
     }),
-    kind("write after a bookmark", |run, v| {
+    card("write after a bookmark", |run, v| {
         run.bookmark_newest(v)?;
         run.write(v)
     }),
-    kind("discard", |run, v| run.zero(v, Zeroing::Discard)),
-    kind("zero", |run, v| run.zero(v, Zeroing::Zero)),
-    kind("snapshot", |run, v| run.snapshot_of(&[v])),
-    kind("snapshot of unflushed writes of both", |run, _| {
+    card("discard", |run, v| run.zero(v, Zeroing::Discard)),
+    card("zero", |run, v| run.zero(v, Zeroing::Zero)),
+    always("snapshot", |run, v| run.snapshot_of(&[v])),
+    card("snapshot of unflushed writes of both", |run, _| {
         run.write(0)?;
         run.write(1)?;
         run.snapshot_of(&[1, 0])
     }),
-    kind("deletion", |run, v| run.delete(v)),
-    kind("deletion and what follows it", |run, v| {
+    always("deletion", |run, v| run.delete(v)),
+    card("deletion and what follows it", |run, v| {
         run.delete(v)?;
         while run.engine.maintain()? {}
         run.write(v)
     }),
-    kind("bookmark", |run, v| run.bookmark_newest(v)),
-    kind("bookmark's deletion", |run, v| run.delete_bookmark(v)),
-    kind("renaming", |run, v| run.rename(v)),
-    kind("clone", |run, v| {
+    card("bookmark", |run, v| run.bookmark_newest(v)),
+    always("bookmark's deletion", |run, v| run.delete_bookmark(v)),
+    always("renaming", |run, v| run.rename(v)),
+    card("clone", |run, v| {
         run.make_clone_of(v, false)?;
         run.clone_write(v)
     }),
-    kind("clone of a clone", |run, v| {
+    card("clone of a clone", |run, v| {
         run.clone_write(v)?;
         run.make_clone_of(v, true)?;
         for _ in 0..3 {
@@ -91,26 +106,52 @@ const DECK: &[Kind] = &[
         }
         Ok(())
     }),
-    kind("clone's write", |run, v| run.clone_write(v)),
-    kind("clone's write and flush", |run, v| {
+    card("clone's write", |run, v| run.clone_write(v)),
+    card("clone's write and flush", |run, v| {
         run.clone_write(v)?;
         run.clone_flush(v)
     }),
-    kind("clone's zeroing", |run, v| run.clone_zero(v)),
-    kind("clone's deletion", |run, v| run.delete_clone(v)),
+    card("clone's zeroing", |run, v| run.clone_zero(v)),
+    always("clone's deletion", |run, v| run.delete_clone(v)),
     after(|run, v| run.write(v), "revert", |run, v| run.revert(v)),
     after(
         |run, v| run.write(v).and_then(|()| run.flush(v)),
         "revert of what was flushed",
         |run, v| run.revert(v).and_then(|()| run.write(v)),
     ),
-    kind("resize", |run, v| run.resize(v)),
-    kind("resize and writes", |run, v| {
+    card("resize", |run, v| run.resize(v)),
+    card("resize and writes", |run, v| {
         run.resize(v)?;
         run.write(v)?;
         run.flush(v)
     }),
-    kind("background work", |run, _| run.background()),
+    card("background work", |run, _| run.background()),
+    after(
+        |run, v| {
+            run.snapshot_of(&[v])?;
+            (0..8).try_for_each(|_| run.write(v))
+        },
+        "checkpoint",
+        |run, _| run.background(),
+    ),
+    after(
+        |run, v| {
+            run.snapshot_of(&[v])?;
+            (0..8).try_for_each(|_| run.write(v))
+        },
+        "checkpoint that the index stops in",
+        |run, _| {
+            let struck = run.index.struck();
+            let nth = 1 + run.chance.below(4);
+            run.index.fail_call(nth, true, Kind::Io);
+            let done = run.engine.maintain();
+            if run.index.struck() > struck {
+                return Ok(());
+            }
+            run.index.clear_faults();
+            done.map(drop)
+        },
+    ),
     after(
         |run, _| run.delete_all(),
         "space given back",
@@ -119,7 +160,15 @@ const DECK: &[Kind] = &[
             Ok(())
         },
     ),
-    kind("clean stop", |run, _| {
+    after(
+        |run, v| run.lives_and_deaths(v),
+        "space of several lives given back",
+        |run, _| {
+            while run.engine.maintain()? {}
+            Ok(())
+        },
+    ),
+    card("clean stop", |run, _| {
         run.stop();
         Ok(())
     }),
@@ -157,6 +206,25 @@ impl Run {
         Ok(())
     }
 
+    /// What several lives preserved for one volume has lost its use, between what another volume's snapshot
+    /// still needs and what is new.
+    fn lives_and_deaths(&mut self, v: usize) -> Result<()> {
+        self.free();
+        self.delete_all()?;
+        let other = (v + 1) % self.volumes.len();
+        for of in [other, v] {
+            self.write(of)?;
+            self.snapshot_of(&[of])?;
+            self.write(of)?;
+        }
+        for n in 0..4 {
+            self.write(v)?;
+            self.end(n % 2 > 0)?;
+            self.dying = true;
+        }
+        self.delete(v)
+    }
+
     /// Takes care that there is something to do: snapshots and a clone, and room for more of them.
     fn furnish(&mut self, v: usize, chance: &mut Chance) -> Result<()> {
         while self.volumes[v].snapshots.len() >= self.shape.snapshots {
@@ -178,6 +246,15 @@ impl Run {
         Ok(())
     }
 
+    fn flush_all_clones(&mut self) -> Result<()> {
+        for v in 0..self.volumes.len() {
+            for _ in 0..2 * self.volumes[v].clones.len() {
+                self.clone_flush(v)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Does something; breaks if this life ended, with whether something was cut off.
     fn does(&mut self, what: impl FnOnce(&mut Run) -> Result<()>) -> ControlFlow<bool> {
         let done = what(self);
@@ -192,17 +269,42 @@ impl Run {
     }
 }
 
-/// The kinds in an order of chance, each once before any comes again.
-struct Deck(Vec<usize>);
+/// The cards in an order of chance, each once before any comes again.
+struct Deck {
+    left: Vec<usize>,
+    /// About the changing I/Os that each took when it was done as a whole, so that it is cut off anywhere in it.
+    took: Vec<u64>,
+}
 
 impl Deck {
-    fn deal(&mut self, chance: &mut Chance) -> &'static Kind {
-        if self.0.is_empty() {
-            self.0 = (0..DECK.len()).collect();
+    fn new() -> Deck {
+        Deck {
+            left: Vec::new(),
+            took: vec![8; DECK.len()],
         }
-        let at = chance.below(self.0.len() as u64) as usize;
-        &DECK[self.0.swap_remove(at)]
     }
+
+    fn deal(&mut self, chance: &mut Chance) -> usize {
+        if self.left.is_empty() {
+            self.left = (0..DECK.len()).collect();
+        }
+        let at = chance.below(self.left.len() as u64) as usize;
+        self.left.swap_remove(at)
+    }
+}
+
+/// Changing I/Os so far, opening aside.
+fn changes(run: &Run) -> u64 {
+    let ops = [
+        Op::Write,
+        Op::Sync,
+        Op::SetSize,
+        Op::Punch,
+        Op::Remove,
+        Op::Rename,
+        Op::DirSync,
+    ];
+    ops.into_iter().map(|op| run.world.count(op)).sum()
 }
 
 /// Volumes with a history: content, a bookmark, a snapshot, a clone, perhaps a clone of that.
@@ -236,7 +338,7 @@ fn start(seed: u64, chance: &mut Chance) -> Run {
 }
 
 /// One deal: prepared, done, perhaps cut off. Breaks if this life ended, with whether inside of something.
-fn deal(run: &mut Run, kind: &Kind, chance: &mut Chance) -> ControlFlow<bool> {
+fn deal(run: &mut Run, card: &Card, took: &mut u64, chance: &mut Chance) -> ControlFlow<bool> {
     let v = run.any_volume();
     if run.full > 0 {
         // What is left is soon used up.
@@ -249,7 +351,7 @@ fn deal(run: &mut Run, kind: &Kind, chance: &mut Chance) -> ControlFlow<bool> {
     for _ in 0..chance.below(3) {
         run.does(Run::any_operation)?;
     }
-    run.does(|run| (kind.before)(run, v))?;
+    run.does(|run| (card.before)(run, v))?;
     if run.full == 0 && chance.below(12) == 0 {
         let used = run.world.allocated("store");
         let most = 4096 << chance.below(7);
@@ -257,19 +359,36 @@ fn deal(run: &mut Run, kind: &Kind, chance: &mut Chance) -> ControlFlow<bool> {
         run.world.set_space("store", Some(used + room));
         (run.full, run.ever_full) = (u64::MAX, true);
     }
+    let (before, struck) = (changes(run), run.index.struck());
     if chance.below(2) == 0 {
-        // Most operations have few I/Os and some have many.
-        let most = 2 << chance.below(5);
-        run.world.die_at(1 + chance.below(most));
+        run.world.die_at(1 + chance.below(*took + 2));
     }
-    run.does(|run| (kind.what)(run, v))
+    run.does(|run| {
+        let done = (card.what)(run, v);
+        let spent = run.world.disk("store/ballast").is_none() || run.world.is_dead();
+        if card.always && !spent {
+            assert!(done.is_ok(), "{} was refused: {done:?}", card.name);
+        }
+        done
+    })?;
+    *took = (changes(run) - before).max(*took * 3 / 4);
+    let stopped = run.volumes.iter().any(|model| model.stopping);
+    if stopped || run.index.struck() > struck {
+        // Nothing more can happen in this life.
+        return ControlFlow::Break(false);
+    }
+    if chance.below(3) == 0 {
+        run.does(|run| run.flush(v))?;
+        run.does(Run::flush_all_clones)?;
+    }
+    ControlFlow::Continue(())
 }
 
 /// The first states of a seed; returns where one of its histories ended.
 pub fn scout(seed: u64, counts: &mut Counts, here: &mut Here) -> Run {
     let head = here.0.clone();
     let mut chance = Chance(seed ^ 0x5c07_5c07);
-    let mut deck = Deck(Vec::new());
+    let mut deck = Deck::new();
     let first = counts.states;
     for history in 0.. {
         here.0 = format!("{head}, history {history}, its start");
@@ -278,17 +397,17 @@ pub fn scout(seed: u64, counts: &mut Counts, here: &mut Here) -> Run {
         let until = (counts.states + 24 + chance.below(64)).min(first + STATES);
         let mut number = 0;
         while counts.states < until && run.failures() <= 2 {
-            let kind = deck.deal(&mut chance);
+            let dealt = deck.deal(&mut chance);
+            let card = &DECK[dealt];
             number += 1;
-            here.0 = format!("{head}, history {history}, deal {number}, {}", kind.name);
+            here.0 = format!("{head}, history {history}, deal {number}, {}", card.name);
             crate::trace(|| here.0.clone());
-            let ended = deal(&mut run, kind, &mut chance);
-            counts.add(kind.name);
+            let ended = deal(&mut run, card, &mut deck.took[dealt], &mut chance);
+            counts.add(card.name);
             if run.full > 0 {
                 counts.add("dealt on a full disk");
             }
-            let stopped = run.volumes.iter().any(|model| model.stopping);
-            if ended.is_continue() && !stopped {
+            if ended.is_continue() {
                 // No longer at a later I/O: a read may be one, too.
                 run.world.die_at(u64::MAX);
                 run.compare_views();
@@ -309,14 +428,23 @@ pub fn scout(seed: u64, counts: &mut Counts, here: &mut Here) -> Run {
             if run.full > 0 && chance.below(4) == 0 {
                 run.free();
             }
-            if ended.is_break() || stopped || chance.below(2) == 0 {
+            if ended.is_break() || chance.below(2) == 0 {
                 run = last.expect("at least one");
                 run.dying = true;
             }
         }
         if counts.states >= first + STATES {
-            here.0 = head;
+            here.0 = format!("{head}, behind its scouts");
             run.free();
+            for v in 0..run.volumes.len() {
+                let done = run.furnish(v, &mut chance);
+                done.and_then(|()| run.write(v))
+                    .and_then(|()| run.bookmark_newest(v))
+                    .and_then(|()| run.snapshot_of(&[v]))
+                    .and_then(|()| run.write(v))
+                    .expect("nothing fails any more");
+            }
+            here.0 = head;
             return run;
         }
     }

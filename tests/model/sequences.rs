@@ -96,7 +96,7 @@ impl Run {
     }
 
     /// The end of this life and the next one.
-    fn end(&mut self, power: bool) -> Result<()> {
+    pub fn end(&mut self, power: bool) -> Result<()> {
         let chance = self.chance.next();
         match power {
             true => {
