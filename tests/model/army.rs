@@ -31,7 +31,7 @@ const SEEDS: u64 = 2;
 /// States out of one moment.
 const PER_MOMENT: u64 = 24;
 /// Rounds of one seed.
-const ROUNDS: u64 = 6;
+const ROUNDS: u64 = 4;
 /// Moments of a round one after another; later ones are taken with gaps.
 const EVERY_MOMENT: u64 = 40;
 

@@ -13,6 +13,7 @@ use std::ops::ControlFlow;
 
 use stillframe::error::{Error, Kind, Result};
 use stillframe::sys::sim::Op;
+use stillframe::units::Name;
 use stillframe::volume::Zeroing;
 
 use crate::Run;
@@ -79,6 +80,11 @@ const DECK: &[Card] = &[
     }),
     card("discard", |run, v| run.zero(v, Zeroing::Discard)),
     card("zero", |run, v| run.zero(v, Zeroing::Zero)),
+    card("discards and a flush", |run, v| {
+        run.zero(v, Zeroing::Discard)?;
+        run.zero(v, Zeroing::Discard)?;
+        run.flush(v)
+    }),
     always("snapshot", |run, v| run.snapshot_of(&[v])),
     card("snapshot of unflushed writes of both", |run, _| {
         run.write(0)?;
@@ -112,10 +118,23 @@ const DECK: &[Card] = &[
         run.clone_flush(v)
     }),
     card("clone's zeroing", |run, v| run.clone_zero(v)),
-    always("clone's deletion", |run, v| run.delete_clone(v)),
-    after(|run, v| run.write(v), "revert", |run, v| run.revert(v)),
+    Card {
+        before: |run, v| {
+            (0..3).try_for_each(|_| run.clone_write(v))?;
+            run.flush_all_clones()
+        },
+        ..always("clone's deletion", |run, v| run.delete_clone(v))
+    },
     after(
-        |run, v| run.write(v).and_then(|()| run.flush(v)),
+        |run, v| (0..3).try_for_each(|_| run.write(v)),
+        "revert",
+        |run, v| run.revert(v),
+    ),
+    after(
+        |run, v| {
+            (0..3).try_for_each(|_| run.write(v))?;
+            run.flush(v)
+        },
         "revert of what was flushed",
         |run, v| run.revert(v).and_then(|()| run.write(v)),
     ),
@@ -125,7 +144,6 @@ const DECK: &[Card] = &[
         run.write(v)?;
         run.flush(v)
     }),
-    card("background work", |run, _| run.background()),
     after(
         |run, v| {
             run.snapshot_of(&[v])?;
@@ -140,17 +158,7 @@ const DECK: &[Card] = &[
             (0..8).try_for_each(|_| run.write(v))
         },
         "checkpoint that the index stops in",
-        |run, _| {
-            let struck = run.index.struck();
-            let nth = 1 + run.chance.below(4);
-            run.index.fail_call(nth, true, Kind::Io);
-            let done = run.engine.maintain();
-            if run.index.struck() > struck {
-                return Ok(());
-            }
-            run.index.clear_faults();
-            done.map(drop)
-        },
+        |run, _| run.checkpoint_cut_off(),
     ),
     after(
         |run, _| run.delete_all(),
@@ -168,10 +176,14 @@ const DECK: &[Card] = &[
             Ok(())
         },
     ),
-    card("clean stop", |run, _| {
-        run.stop();
-        Ok(())
-    }),
+    after(
+        |run, _| run.write(0).and_then(|()| run.write(1)),
+        "clean stop",
+        |run, _| {
+            run.stop();
+            Ok(())
+        },
+    ),
 ];
 
 impl Run {
@@ -188,6 +200,44 @@ impl Run {
         let newest = newest.expect("one was taken").0.clone();
         let keep = self.state_of(v, &newest).is_ok();
         self.delete_this(v, &newest, keep, false)
+    }
+
+    /// The index stops at one of its next calls and stays so: a crash inside of what it does, of which the
+    /// disks know nothing.
+    fn checkpoint_cut_off(&mut self) -> Result<()> {
+        let struck = self.index.struck();
+        let nth = 1 + self.chance.below(6);
+        self.index.fail_call(nth, true, Kind::Io);
+        let stop = self.chance.below(2) == 0;
+        let done = match stop {
+            true => {
+                self.volumes
+                    .iter_mut()
+                    .for_each(|model| model.stopping = true);
+                self.engine.close()
+            }
+            false => self.engine.maintain().map(drop),
+        };
+        if self.index.struck() > struck {
+            self.count("index stopped");
+            return Ok(());
+        }
+        self.index.clear_faults();
+        if stop && done.is_ok() {
+            self.volumes.iter_mut().for_each(|model| model.stopped());
+        }
+        done
+    }
+
+    /// Has this life write to the log, which begins a segment for it: most of what follows is cut off
+    /// elsewhere then.
+    fn warm(&mut self, v: usize) -> Result<()> {
+        let Some(name) = self.pick(|run| &run.volumes[v].snapshots) else {
+            return Ok(());
+        };
+        let (volume, name) = (self.name(v), Name::new(&name).expect("a name"));
+        self.engine.hold_snapshot(&volume, &name, true)?;
+        self.engine.hold_snapshot(&volume, &name, false)
     }
 
     /// Deletes every snapshot, bookmark and clone.
@@ -352,16 +402,23 @@ fn deal(run: &mut Run, card: &Card, took: &mut u64, chance: &mut Chance) -> Cont
         run.does(Run::any_operation)?;
     }
     run.does(|run| (card.before)(run, v))?;
-    if run.full == 0 && chance.below(12) == 0 {
+    if run.full == 0 && chance.below(14) == 0 {
         let used = run.world.allocated("store");
         let most = 4096 << chance.below(7);
         let room = chance.below(most);
         run.world.set_space("store", Some(used + room));
         (run.full, run.ever_full) = (u64::MAX, true);
     }
+    if chance.below(8) > 0 {
+        run.does(|run| run.warm(v))?;
+    }
     let (before, struck) = (changes(run), run.index.struck());
-    if chance.below(2) == 0 {
-        run.world.die_at(1 + chance.below(*took + 2));
+    if chance.below(3) > 0 {
+        // How much it does is not known before; most do little.
+        let far = 1 + chance.below(*took + 2);
+        let near = 1 + chance.below(far);
+        run.world
+            .die_at(if chance.below(2) == 0 { far } else { near });
     }
     run.does(|run| {
         let done = (card.what)(run, v);
@@ -371,13 +428,15 @@ fn deal(run: &mut Run, card: &Card, took: &mut u64, chance: &mut Chance) -> Cont
         }
         done
     })?;
-    *took = (changes(run) - before).max(*took * 3 / 4);
+    *took = (*took + changes(run) - before).div_ceil(2);
+    // It ended in time. No longer at a later I/O, then: a read may be one, too.
+    run.world.die_at(u64::MAX);
     let stopped = run.volumes.iter().any(|model| model.stopping);
     if stopped || run.index.struck() > struck {
         // Nothing more can happen in this life.
         return ControlFlow::Break(false);
     }
-    if chance.below(3) == 0 {
+    if chance.below(2) == 0 {
         run.does(|run| run.flush(v))?;
         run.does(Run::flush_all_clones)?;
     }
@@ -404,12 +463,14 @@ pub fn scout(seed: u64, counts: &mut Counts, here: &mut Here) -> Run {
             crate::trace(|| here.0.clone());
             let ended = deal(&mut run, card, &mut deck.took[dealt], &mut chance);
             counts.add(card.name);
+            counts.add_many(
+                "index stopped in a checkpoint",
+                run.counts.remove("index stopped").unwrap_or(0),
+            );
             if run.full > 0 {
                 counts.add("dealt on a full disk");
             }
             if ended.is_continue() {
-                // No longer at a later I/O: a read may be one, too.
-                run.world.die_at(u64::MAX);
                 run.compare_views();
             }
             let interrupted = ended == ControlFlow::Break(true);
@@ -425,7 +486,7 @@ pub fn scout(seed: u64, counts: &mut Counts, here: &mut Here) -> Run {
                 counts.add("of scouts");
                 last = Some(state);
             }
-            if run.full > 0 && chance.below(4) == 0 {
+            if run.full > 0 && chance.below(2) == 0 {
                 run.free();
             }
             if ended.is_break() || chance.below(2) == 0 {
