@@ -5,7 +5,7 @@
 //! accounts are those that the log alone gives.
 //!
 //! Method: a seed begins with scouts ([`crate::scouts`]): a few states out of each of many kinds of moment.
-//! Then it looks longer, from where they came to. Each round runs a short random trace again and again
+//! Then it looks longer at one history. Each round runs a short random trace again and again
 //! from one state, and ends it at its 1st, 2nd, 3rd... changing I/O (in every fourth round those of the
 //! recovery before it, too), until it ends by itself. Each of these moments is forked, never run again:
 //! every fork resolves what is in doubt in its own way, is recovered and compared. One of the states is
@@ -24,6 +24,7 @@ use stillframe::volume::Zeroing;
 use crate::campaign::{Campaign, Counts};
 use crate::rig::Chance;
 use crate::scouts::scout;
+use crate::shape::Shape;
 use crate::{Run, UnderWay};
 
 /// What a seed means; grows with every change of it.
@@ -31,7 +32,7 @@ const SEEDS: u64 = 2;
 /// States out of one moment.
 const PER_MOMENT: u64 = 24;
 /// Rounds of one seed.
-const ROUNDS: u64 = 4;
+const ROUNDS: u64 = 6;
 /// Moments of a round one after another; later ones are taken with gaps.
 const EVERY_MOMENT: u64 = 40;
 
@@ -457,7 +458,11 @@ fn soldier(seed: u64) -> Counts {
     let mut counts = Counts::default();
     let mut here = Here(format!("STILLFRAME_ARMY_SEED={seed}"));
     let mut chance = Chance(seed ^ 0xa5a5_5a5a);
-    let run = scout(seed, &mut counts, &mut here);
+    scout(seed, &mut counts, &mut here);
+    here.0 = format!("STILLFRAME_ARMY_SEED={seed}, behind its scouts");
+    let mut run = Run::new(seed, Shape::small());
+    run.dying = true;
+    run.live_through(40);
     let mut base = run.fork(chance.next());
     base.under_way = None;
     for n in 0..ROUNDS {
@@ -499,6 +504,8 @@ fn every_state_that_a_crash_can_leave_is_recovered() {
             ("in a clone's making", 10),
             ("in a clone's deletion", 1),
             ("in a revert", 10),
+            ("index stopped in a checkpoint", 10),
+            ("dealt on a full disk", 100),
             ("in a resize", 10),
             ("in a recovery", 10),
             ("a device went under a living daemon", 10),
