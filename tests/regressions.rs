@@ -604,3 +604,19 @@ fn segments_that_a_power_cut_brings_back_have_an_end() {
     println!("{lives} lives, {returned} with an earlier one back and a later one gone");
     assert!(returned > 5, "{returned} of {lives}");
 }
+
+/// An acceptance of an active volume syncs the source. If that fails, what was written before may be lost,
+/// and no later flush may say that all is well.
+#[test]
+fn an_acceptance_whose_sync_fails_is_not_forgotten() {
+    let (w, _i, e) = fresh(7);
+    let v = e.volume(&n("v")).unwrap();
+    v.write_at(0, &[b'A'; 4096], false).unwrap();
+    w.fail_nth(Op::Sync, 1, 5);
+    assert!(e.accept_volume(&n("v")).is_err());
+    let refused = v.flush().expect_err("the write may be lost");
+    assert_eq!(refused.kind(), Kind::Failed, "{}", refused.chain());
+    // Once more, and with a good sync it is what the medium has.
+    e.accept_volume(&n("v")).unwrap();
+    v.flush().unwrap();
+}
