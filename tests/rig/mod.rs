@@ -375,7 +375,15 @@ pub struct Attached {
 
 impl Attached {
     pub fn new(file: &Path) -> Attached {
-        let device = must("losetup", &["--find", "--show", file.to_str().unwrap()]);
+        Attached::with(file, &["--find", "--show"])
+    }
+
+    pub fn read_only(file: &Path) -> Attached {
+        Attached::with(file, &["--find", "--show", "--read-only"])
+    }
+
+    fn with(file: &Path, how: &[&str]) -> Attached {
+        let device = must("losetup", &[how, &[file.to_str().unwrap()]].concat());
         Attached {
             device: device.trim().to_owned(),
             mounted: None,

@@ -1,0 +1,96 @@
+//! A run: its options, its rows, and turns.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tempfile::TempDir;
+
+use super::contender::{Contender, Peers};
+use super::driver;
+use super::options::Options;
+use super::report::{Row, row_text};
+
+pub struct Run {
+    pub options: Options,
+    pub peers: Peers,
+    pub rows: Vec<Row>,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Run {
+    pub fn new(options: Options, interrupted: Arc<AtomicBool>) -> Run {
+        Run {
+            options,
+            peers: Peers::default(),
+            rows: Vec::new(),
+            interrupted,
+        }
+    }
+
+    /// Says a finished row, and keeps it.
+    pub fn done(&mut self, row: Row) {
+        if row.samples.is_empty() {
+            return;
+        }
+        println!("{}", row_text(&row, self.options.small).trim_end());
+        self.rows.push(row);
+    }
+
+    /// Ends the run in order if somebody asked for that.
+    #[track_caller]
+    pub fn check_interrupt(&self) {
+        assert!(!self.interrupted.load(Ordering::SeqCst), "interrupted");
+    }
+
+    /// Whether a row is asked for.
+    pub fn wants(&self, id: &str) -> bool {
+        self.options.wants(&[id])
+    }
+
+    /// Measures everybody once in each round, each round beginning with another, after one round that does not count
+    /// (but not with small input). What was written is made durable in between.
+    pub fn turns<T>(
+        &self,
+        contenders: &mut [Contender],
+        mut measure: impl FnMut(&mut Contender, usize) -> T,
+        mut take: impl FnMut(&'static str, T),
+    ) {
+        let count = contenders.len();
+        let unused = usize::from(!self.options.small);
+        for round in 0..self.options.rounds + unused {
+            for i in 0..count {
+                self.check_interrupt();
+                let contender = &mut contenders[(round + i) % count];
+                let value = measure(contender, round);
+                driver::settle(&contender.behind);
+                if round >= unused {
+                    take(contender.name, value);
+                }
+            }
+        }
+    }
+}
+
+/// A directory for sources, which goes with them.
+pub struct Sources {
+    dir: TempDir,
+}
+
+impl Sources {
+    pub fn new() -> Sources {
+        let dir = tempfile::Builder::new().prefix("sources-").tempdir();
+        Sources { dir: dir.unwrap() }
+    }
+
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().canonicalize().unwrap().join(name)
+    }
+
+    /// A source of generation 0, in the page cache.
+    pub fn make(&self, name: &str, size: u64) -> PathBuf {
+        let path = self.at(name);
+        driver::make_source(&path, size, 0..size);
+        path
+    }
+}
