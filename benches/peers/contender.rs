@@ -26,6 +26,7 @@ pub const QSD: &str = "qsd plain";
 pub const QSD_URING: &str = "qsd plain io_uring";
 pub const FLEECING: &str = "qsd fleecing";
 pub const FLEECING_URING: &str = "qsd fleecing io_uring";
+pub const FLEECING_SHORT: &str = "qsd fleecing, 64 KiB requests";
 pub const NBD: &str = "nbdkit file";
 pub const NBD_COW: &str = "nbdkit cow";
 
@@ -41,6 +42,10 @@ pub struct Contender {
     /// Whether O_DIRECT means the way to the server. With the raw file and the loop device it would mean the
     /// medium, so their pages are always the cache's.
     pub direct: bool,
+    /// Bytes of a request when it is read in order.
+    pub request: u64,
+    /// Passes in which it returned wrong bytes. A peer's are named; ours end the run.
+    pub wrong: u64,
     /// Processes that serve.
     pub pids: Vec<u32>,
     /// What is written to on the way.
@@ -64,6 +69,8 @@ impl Contender {
             read: path.clone(),
             live: path,
             direct: true,
+            request: 1 << 20,
+            wrong: 0,
             pids: Vec::new(),
             behind: Vec::new(),
             parts: Vec::new(),
@@ -103,6 +110,21 @@ impl Contender {
             _ => None,
         });
         rigs.expect("it is ours")
+    }
+
+    /// The same server, as long as it lives, under another name, read with other requests.
+    pub fn with_requests(&self, name: &'static str, request: u64) -> Contender {
+        Contender {
+            pids: self.pids.clone(),
+            behind: self.behind.clone(),
+            request,
+            ..Contender::new(name, self.read.clone())
+        }
+    }
+
+    /// Whether it is one of the peers.
+    pub fn is_peer(&self) -> bool {
+        self.name != RAW && !self.name.starts_with(OURS)
     }
 
     /// CPU seconds that its processes have used, ended threads included.

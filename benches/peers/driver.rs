@@ -35,24 +35,38 @@ pub fn open(path: &Path, write: bool, direct: bool) -> File {
     file.unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-#[track_caller]
-fn sampled(pages: &[u8], offset: u64, path: &Path) {
-    if let Some(at) = content::sampled_wrong(pages, offset, 0) {
-        panic!("WRONG BYTES at {at} of {}", path.display());
+/// A range that was read in order.
+pub struct Pass {
+    pub took: Duration,
+    /// Where a word was wrong, the first of them.
+    pub wrong: Option<u64>,
+}
+
+impl Pass {
+    /// How long it took, of one who must be right.
+    #[track_caller]
+    pub fn right(&self, path: &Path) -> Duration {
+        if let Some(at) = self.wrong {
+            panic!("WRONG BYTES at {at} of {}", path.display());
+        }
+        self.took
     }
 }
 
-/// Reads a range in order and returns how long that took.
-pub fn read_in_order(path: &Path, range: Range<u64>, request: u64, direct: bool) -> Duration {
+/// Reads a range in order.
+pub fn read_in_order(path: &Path, range: Range<u64>, request: u64, direct: bool) -> Pass {
     let file = open(path, false, direct);
     let mut buffer = Buffer::new(request as usize);
+    let mut wrong = None;
     let begin = Instant::now();
     for at in range.step_by(request as usize) {
         file.read_exact_at(&mut buffer, at)
             .unwrap_or_else(|e| panic!("{} at {at}: {e}", path.display()));
-        sampled(&buffer, at, path);
+        let found = content::sampled_wrong(&buffer, at, 0);
+        wrong = wrong.or(found);
     }
-    begin.elapsed()
+    let took = begin.elapsed();
+    Pass { took, wrong }
 }
 
 /// Reads a range and looks at every byte; not timed.
@@ -128,8 +142,8 @@ impl Scattered<'_> {
                 false => file.read_exact_at(&mut buffer, at),
             };
             done.unwrap_or_else(|e| panic!("{} at {at}: {e}", self.path.display()));
-            if !self.write {
-                sampled(&buffer, at, self.path);
+            if !self.write && content::sampled_wrong(&buffer, at, 0).is_some() {
+                panic!("WRONG BYTES at {at} of {}", self.path.display());
             }
         }
     }

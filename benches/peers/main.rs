@@ -110,6 +110,9 @@ fn finish(run: &Run, machine: &serde_json::Value, load: &str) {
     for missing in &run.peers.missing {
         println!("\nMISSING {missing}");
     }
+    for wrong in &run.wrong {
+        println!("\nWRONG BYTES of a peer: {wrong}");
+    }
     let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let whole = json!({
         "machine": machine,
@@ -121,6 +124,7 @@ fn finish(run: &Run, machine: &serde_json::Value, load: &str) {
         "extents": options.extents,
         "depth_16_by": options.driver(),
         "missing": run.peers.missing,
+        "wrong_bytes_of_peers": run.wrong,
         "rows": rows.iter().map(|row| json!({
             "row": row,
             "claims": row.claims.iter().map(|claim| {

@@ -14,7 +14,7 @@ struct Arguments {
     /// Rows whose name holds one of these; all by default
     rows: Vec<String>,
     /// Everything on a few MiB, in seconds: shows that it works, judges nothing
-    #[arg(long, env = "STILLFRAME_PEERS_SMALL", value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", default_value = "false")]
+    #[arg(long, env = "STILLFRAME_PEERS_SMALL")]
     small: bool,
     /// Size of a source [default: 1G, small: 8M]
     #[arg(long, env = "STILLFRAME_PEERS_SIZE", value_parser = stillframe::cli::args::size)]
@@ -32,7 +32,7 @@ struct Arguments {
     #[arg(long, env = "STILLFRAME_PEERS_OUT")]
     out: Option<PathBuf>,
     /// Depth 16 by threads of this program also where fio is installed
-    #[arg(long, env = "STILLFRAME_PEERS_NO_FIO", value_parser = clap::builder::BoolishValueParser::new(), num_args = 0..=1, default_missing_value = "true", default_value = "false")]
+    #[arg(long, env = "STILLFRAME_PEERS_NO_FIO")]
     no_fio: bool,
     /// Name the rows and end
     #[arg(long)]

@@ -151,6 +151,7 @@ pub fn verdict(claim: &Claim, ratio: Option<f64>, small: bool) -> &'static str {
 /// Four digits that matter.
 pub fn shown(value: f64) -> String {
     match value {
+        v if !v.is_finite() => "-".into(),
         v if v >= 1000.0 => format!("{v:.0}"),
         v if v >= 100.0 => format!("{v:.1}"),
         v if v >= 1.0 => format!("{v:.2}"),

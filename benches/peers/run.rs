@@ -15,6 +15,8 @@ pub struct Run {
     pub options: Options,
     pub peers: Peers,
     pub rows: Vec<Row>,
+    /// Peers that returned wrong bytes.
+    pub wrong: Vec<String>,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -24,6 +26,7 @@ impl Run {
             options,
             peers: Peers::default(),
             rows: Vec::new(),
+            wrong: Vec::new(),
             interrupted,
         }
     }
@@ -35,6 +38,18 @@ impl Run {
         }
         println!("{}", row_text(&row, self.options.small).trim_end());
         self.rows.push(row);
+    }
+
+    /// Names a peer that returned wrong bytes.
+    pub fn note_wrong(&mut self, contender: &Contender, when: &str) {
+        if contender.wrong > 0 {
+            let line = format!(
+                "{} returned wrong bytes ({when}, in {} passes)",
+                contender.name, contender.wrong
+            );
+            println!("\nWRONG BYTES of a peer: {line}");
+            self.wrong.push(line);
+        }
     }
 
     /// Ends the run in order if somebody asked for that.

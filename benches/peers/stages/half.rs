@@ -2,14 +2,18 @@
 //!
 //! Everybody has a source of his own, since everybody overwrites it; the raw file is another one like it. That half is
 //! preserved is read from what the snapshots hold.
+//!
+//! Some releases of qemu (7.2 for one) return overwritten content where a request reaches over blocks that were copied and blocks
+//! that were not. Such a peer is named, and what it was measured at stands: it is the faster for it. With O_DIRECT and
+//! requests of 64 KiB, which are the blocks that it copies, it is right, and is measured so, too.
 
-use crate::contender::{Contender, FLEECING, FLEECING_URING, OURS, RAW};
+use crate::contender::{Contender, FLEECING, FLEECING_SHORT, OURS, RAW};
 use crate::driver::check_whole;
 use crate::report::{Row, at_least};
 use crate::run::{Run, Sources};
 
 use super::reads::{Way, pass};
-use super::{allocated, overwrite_half, unique};
+use super::{KIB, allocated, overwrite_half, unique};
 
 pub const IDS: [&str; 2] = ["half-direct", "half-first"];
 
@@ -25,6 +29,9 @@ pub fn measure(run: &mut Run) {
         if let Some(peer) = run.peers.fleecing(&source, uring) {
             overwrite_half(&peer, 0..size);
             assert!(allocated(&peer.behind[1]) >= size / 2, "it is not copied");
+            if !uring {
+                all.push(peer.with_requests(FLEECING_SHORT, 64 * KIB));
+            }
             all.push(peer);
         }
     }
@@ -47,14 +54,20 @@ pub fn measure(run: &mut Run) {
         let mut row = Row::new(id, title, "MiB/s", &claims);
         run.turns(
             &mut all,
-            |contender, _| pass(contender, &contender.behind[0], size, way).rate,
+            |contender, _| {
+                let source = contender.behind[0].clone();
+                pass(contender, &source, size, way).rate
+            },
             |name, value| row.add(name, value),
         );
         run.done(row);
-    }
-    for contender in &all {
-        if [OURS, FLEECING, FLEECING_URING].contains(&contender.name) {
-            check_whole(&contender.read, 0..size, 0);
+        for contender in &mut all {
+            run.note_wrong(contender, id);
+            contender.wrong = 0;
         }
+        // Through the page cache the kernel makes the requests.
+        all.retain(|contender| contender.name != FLEECING_SHORT);
     }
+    let ours = all.iter().find(|contender| contender.name == OURS);
+    check_whole(&ours.expect("it is always there").read, 0..size, 0);
 }

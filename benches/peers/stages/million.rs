@@ -125,7 +125,10 @@ fn read(run: &mut Run, all: &mut [Contender; 2], range: &std::ops::Range<u64>) {
                 OURS => range.clone(),
                 _ => 0..length,
             };
-            rate(length, read_in_order(&contender.read, range, MIB, true))
+            rate(
+                length,
+                read_in_order(&contender.read, range, MIB, true).right(&contender.read),
+            )
         },
         |name, value| row.add(name, value),
     );
@@ -187,7 +190,7 @@ fn in_use(sources: &Sources, large: &mut Contender, layout: &Layout) {
     for &at in offsets.iter().take(2048) {
         file.read_exact_at(&mut buffer, at).unwrap();
     }
-    read_in_order(&large.read, layout.range.clone(), MIB, true);
+    read_in_order(&large.read, layout.range.clone(), MIB, true).right(&large.read);
 }
 
 fn write_some(path: &Path, size: u64, seed: u64) {

@@ -108,7 +108,10 @@ fn far(run: &mut Run) {
             let start = if contender.name == OURS { TEBIBYTE } else { 0 };
             let range = start..start + size;
             warm(&contender.behind[0], range.clone());
-            rate(size, read_in_order(&contender.read, range, MIB, true))
+            rate(
+                size,
+                read_in_order(&contender.read, range, MIB, true).right(&contender.read),
+            )
         },
         |name, value| row.add(name, value),
     );
@@ -153,7 +156,10 @@ fn thousand(run: &mut Run) {
         &mut all,
         |contender, _| {
             warm(&contender.behind[0], 0..size);
-            rate(size, read_in_order(&contender.read, 0..size, MIB, true))
+            rate(
+                size,
+                read_in_order(&contender.read, 0..size, MIB, true).right(&contender.read),
+            )
         },
         |name, value| row.add(name, value),
     );
