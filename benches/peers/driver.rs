@@ -204,6 +204,13 @@ pub fn warm(path: &Path, range: Range<u64>) {
     }
 }
 
+/// Sees to it that a source is in the page cache.
+pub fn ready(source: &Path, size: u64) {
+    if cached(source).is_none_or(|bytes| bytes < size) {
+        warm(source, 0..size);
+    }
+}
+
 /// Has the kernel forget its clean pages of one file. What a mount's pages were made from stays.
 pub fn forget(path: &Path) {
     let path = path.to_str().unwrap();

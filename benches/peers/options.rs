@@ -28,7 +28,7 @@ struct Arguments {
     /// Where sources, stores and mountpoints are made, and removed [default: target/tmp]
     #[arg(long, env = "STILLFRAME_PEERS_DIR")]
     dir: Option<PathBuf>,
-    /// Where peers.json and peers.svg are written [default: target/peers, small: in the directory that is removed]
+    /// Where peers.json and peers.svg are written [default: target/peers, small: target/peers-small]
     #[arg(long, env = "STILLFRAME_PEERS_OUT")]
     out: Option<PathBuf>,
     /// Depth 16 by threads of this program also where fio is installed
@@ -67,12 +67,11 @@ impl Options {
             .dir
             .unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent();
-        let out = target.expect("it lies in target").join("peers");
-        let out = match (arguments.out, small) {
-            (Some(out), _) => out,
-            (None, true) => dir.clone(),
-            (None, false) => out,
-        };
+        let out =
+            target
+                .expect("it lies in target")
+                .join(if small { "peers-small" } else { "peers" });
+        let out = arguments.out.unwrap_or(out);
         Options {
             rows: arguments.rows,
             small,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::contender::{Contender, FLEECING, FLEECING_URING, NBD_COW, OURS, RAW, fleecing, nbd};
 use crate::content::{PAGE, mixed};
-use crate::driver::{Scattered, check_whole, settle};
+use crate::driver::{Scattered, check_whole, ready, settle};
 use crate::report::{Claim, Row, at_least, under};
 use crate::rig::touch;
 use crate::run::{Run, Sources};
@@ -105,6 +105,7 @@ fn against_peers(run: &mut Run) {
 fn once(run: &Run, contender: &mut Contender, work: &Work, offsets: &[u64]) -> f64 {
     let source: PathBuf = contender.behind[0].clone();
     let again = |made: Result<Contender, String>| made.unwrap_or_else(|e| panic!("{e}"));
+    ready(&source, run.options.size);
     let mut before = 0;
     match contender.name {
         OURS => {

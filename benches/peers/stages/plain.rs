@@ -2,7 +2,7 @@
 
 use crate::contender::{Contender, OURS, QSD};
 use crate::content::{PAGE, mixed};
-use crate::driver::{Scattered, check_whole, write_in_order};
+use crate::driver::{Scattered, check_whole, ready, write_in_order};
 use crate::report::{Claim, Row, at_least};
 use crate::run::{Run, Sources};
 
@@ -103,6 +103,7 @@ fn scattered(
     run.turns(
         all,
         |contender, round| {
+            ready(&contender.behind[0], size);
             let mut offsets = mixed(size, PAGE, round as u64);
             offsets.truncate(most);
             Scattered {
@@ -135,6 +136,7 @@ fn in_order(
     run.turns(
         all,
         |contender, _| {
+            ready(&contender.behind[0], size);
             let took = write_in_order(&contender.live, 0..size, MIB, contender.direct);
             rate(size, took)
         },

@@ -36,7 +36,7 @@ pub fn measure(run: &mut Run) {
     let sources = Sources::new();
     let size = run.options.size.min(64 * MIB);
     let mut ours = Contender::ours(&sources.make("race.img", size), false);
-    let turns = if run.options.small { 2 } else { 6 };
+    let turns = if run.options.small { 2 } else { 4 };
     let (mut bytes, mut met) = (0, 0);
     for generation in 0..turns {
         run.check_interrupt();

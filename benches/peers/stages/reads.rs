@@ -8,7 +8,7 @@ use std::path::Path;
 
 use crate::contender::{Contender, OURS, QSD, QSD_URING, RAW, cpu_of};
 use crate::content::{PAGE, mixed};
-use crate::driver::{Scattered, cached, forget, read_in_order, warm};
+use crate::driver::{Scattered, cached, forget, read_in_order, ready};
 use crate::report::{Claim, Row, at_least, at_most};
 use crate::run::{Run, Sources};
 
@@ -158,13 +158,6 @@ pub fn pass(contender: &mut Contender, source: &Path, size: u64, way: Way) -> Pa
     Pass {
         rate: rate(size, took),
         cpu: used * (1 << 30) as f64 / size as f64,
-    }
-}
-
-/// Sees to it that a source is in the page cache.
-fn ready(source: &Path, size: u64) {
-    if cached(source).is_none_or(|bytes| bytes < size) {
-        warm(source, 0..size);
     }
 }
 
