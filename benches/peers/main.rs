@@ -83,7 +83,9 @@ fn main() {
     let before = load();
     for (ids, measure) in STAGES {
         if run.options.wants(ids) {
+            let begin = Instant::now();
             measure(&mut run);
+            println!("\n({} to here: {:.1?})", ids[0], begin.elapsed());
         }
     }
     finish(

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tempfile::TempDir;
 
-use super::contender::{Contender, Peers};
+use super::contender::{Contender, OURS, Peers, RAW};
 use super::driver;
 use super::options::Options;
 use super::report::{Row, row_text};
@@ -32,7 +32,12 @@ impl Run {
     }
 
     /// Says a finished row, and keeps it.
-    pub fn done(&mut self, row: Row) {
+    pub fn done(&mut self, mut row: Row) {
+        // Whoever began, the floor and ours stand first.
+        row.samples.sort_by_key(|samples| {
+            let name = samples.contender.clone();
+            (name != RAW, name != OURS, !name.starts_with(OURS), name)
+        });
         if row.samples.is_empty() {
             return;
         }

@@ -151,6 +151,8 @@ fn memory(run: &mut Run, sources: &Sources, large: &mut Contender, layout: &Layo
         &[under(256.0, 64.0)],
     );
     let (pid, over) = (large.rig().pid(), AtomicBool::new(false));
+    // With the one there is, 100.
+    let each = if run.options.small { 1 } else { 11 };
     let most = std::thread::scope(|scope| {
         let watcher = scope.spawn(|| {
             let mut most: f64 = 0.0;
@@ -162,7 +164,7 @@ fn memory(run: &mut Run, sources: &Sources, large: &mut Contender, layout: &Layo
         });
         // Also when it fails, or the watcher would go on for ever.
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            in_use(sources, large, layout);
+            in_use(sources, large, layout, each);
         }));
         over.store(true, Ordering::SeqCst);
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -172,15 +174,15 @@ fn memory(run: &mut Run, sources: &Sources, large: &mut Contender, layout: &Layo
     run.done(row);
 }
 
-fn in_use(sources: &Sources, large: &mut Contender, layout: &Layout) {
+fn in_use(sources: &Sources, large: &mut Contender, layout: &Layout, each: u64) {
     let rig = large.rig();
     for number in 0..9 {
         let name = format!("more{number}");
-        let source = sources.make(&format!("{name}.img"), 16 * MIB);
+        let source = sources.make(&format!("{name}.img"), 4 * MIB);
         rig.ok(&["volume", "add", &name, source.to_str().unwrap()]);
-        for taken in 0..11 {
+        for taken in 0..each {
             let live = rig.live(&name);
-            write_some(&live, 16 * MIB, taken);
+            write_some(&live, 4 * MIB, taken);
             touch(&rig.snapshot(&name, &format!("t{taken}"))).unwrap();
         }
     }
@@ -197,7 +199,7 @@ fn write_some(path: &Path, size: u64, seed: u64) {
     let offsets = mixed(size, PAGE, seed);
     Scattered {
         path,
-        offsets: &offsets[..256],
+        offsets: &offsets[..offsets.len().min(256)],
         request: PAGE,
         depth: 4,
         write: true,

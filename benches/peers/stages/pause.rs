@@ -74,7 +74,7 @@ pub fn measure(run: &mut Run) {
     let source = sources.at("huge.img");
     File::create_new(&source).unwrap().set_len(SIZE).unwrap();
     let ours = Contender::ours(&source, true);
-    let count = if run.options.small { 10 } else { 200 };
+    let count = if run.options.small { 4 } else { 200 };
     let over = AtomicBool::new(false);
     let (taken, calm, writes) = std::thread::scope(|scope| {
         let (live, over) = (&ours.live, &over);

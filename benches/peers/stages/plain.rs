@@ -8,10 +8,12 @@ use crate::run::{Run, Sources};
 
 use super::{MIB, rate, unique};
 
-pub const IDS: [&str; 6] = [
+pub const IDS: [&str; 8] = [
     "plain-4k-1",
+    "plain-4k-1-direct",
     "plain-4k-16",
     "plain-seq",
+    "plain-seq-direct",
     "rewrite-4k-1",
     "rewrite-4k-16",
     "rewrite-seq",
@@ -20,10 +22,10 @@ pub const IDS: [&str; 6] = [
 const NO_SNAPSHOT: &str = "stillframe, no snapshot";
 
 pub fn measure(run: &mut Run) {
-    if IDS[..3].iter().any(|id| run.wants(id)) {
+    if IDS[..5].iter().any(|id| run.wants(id)) {
         with_no_snapshot(run);
     }
-    if IDS[3..].iter().any(|id| run.wants(id)) {
+    if IDS[5..].iter().any(|id| run.wants(id)) {
         rewrites(run);
     }
 }
@@ -38,34 +40,18 @@ fn with_no_snapshot(run: &mut Run) {
     all.extend(peers.nbd(&source, false, true));
     all.extend(peers.loop_device(&source, true));
     let small = "writes with no snapshot, random 4 KiB, depth 1";
-    scattered(
-        run,
-        &mut all,
-        size,
-        IDS[0],
-        small,
-        1,
-        &[at_least(QSD, 1.8, 2.3)],
-    );
-    let deep = "writes with no snapshot, random 4 KiB, depth 16";
-    scattered(
-        run,
-        &mut all,
-        size,
-        IDS[1],
-        deep,
-        16,
-        &[at_least(QSD, 1.8, 2.6)],
-    );
+    let claims = [at_least(QSD, 1.8, 2.3)];
+    scattered(run, &mut all, size, (IDS[0], small), (1, false), &claims);
+    let small = "writes with no snapshot, random 4 KiB, depth 1, O_DIRECT";
+    scattered(run, &mut all, size, (IDS[1], small), (1, true), &claims);
+    let deep = "writes with no snapshot, random 4 KiB, depth 16, O_DIRECT";
+    let claims = [at_least(QSD, 1.8, 2.6)];
+    scattered(run, &mut all, size, (IDS[2], deep), (16, true), &claims);
     let long = "writes with no snapshot, sequential 1 MiB";
-    in_order(
-        run,
-        &mut all,
-        size,
-        IDS[2],
-        long,
-        &[at_least(QSD, 1.4, 1.9)],
-    );
+    let claims = [at_least(QSD, 1.4, 1.9)];
+    in_order(run, &mut all, size, (IDS[3], long), false, &claims);
+    let long = "writes with no snapshot, sequential 1 MiB, O_DIRECT";
+    in_order(run, &mut all, size, (IDS[4], long), true, &claims);
 }
 
 fn rewrites(run: &mut Run) {
@@ -78,11 +64,11 @@ fn rewrites(run: &mut Run) {
     let mut all = [kept, plain];
     let claims = [at_least(NO_SNAPSHOT, 0.9, 0.97)];
     let small = "rewrite of already preserved blocks, random 4 KiB, depth 1";
-    scattered(run, &mut all, size, IDS[3], small, 1, &claims);
+    scattered(run, &mut all, size, (IDS[5], small), (1, true), &claims);
     let deep = "rewrite of already preserved blocks, random 4 KiB, depth 16";
-    scattered(run, &mut all, size, IDS[4], deep, 16, &claims);
+    scattered(run, &mut all, size, (IDS[6], deep), (16, true), &claims);
     let long = "rewrite of already preserved blocks, sequential 1 MiB";
-    in_order(run, &mut all, size, IDS[5], long, &claims);
+    in_order(run, &mut all, size, (IDS[7], long), true, &claims);
     check_whole(&all[0].read, 0..size, 0);
 }
 
@@ -90,9 +76,8 @@ fn scattered(
     run: &mut Run,
     all: &mut [Contender],
     size: u64,
-    id: &'static str,
-    title: &'static str,
-    depth: usize,
+    (id, title): (&'static str, &'static str),
+    (depth, direct): (usize, bool),
     claims: &[Claim],
 ) {
     if !run.wants(id) {
@@ -112,7 +97,7 @@ fn scattered(
                 request: PAGE,
                 depth,
                 write: true,
-                direct: contender.direct,
+                direct: direct && contender.direct,
             }
             .run(&run.options)
         },
@@ -125,8 +110,8 @@ fn in_order(
     run: &mut Run,
     all: &mut [Contender],
     size: u64,
-    id: &'static str,
-    title: &'static str,
+    (id, title): (&'static str, &'static str),
+    direct: bool,
     claims: &[Claim],
 ) {
     if !run.wants(id) {
@@ -137,7 +122,7 @@ fn in_order(
         all,
         |contender, _| {
             ready(&contender.behind[0], size);
-            let took = write_in_order(&contender.live, 0..size, MIB, contender.direct);
+            let took = write_in_order(&contender.live, 0..size, MIB, direct && contender.direct);
             rate(size, took)
         },
         |name, value| row.add(name, value),

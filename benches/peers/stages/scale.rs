@@ -56,7 +56,7 @@ fn hundred(run: &mut Run) {
     let (sources, size) = (Sources::new(), run.options.size.min(256 * MIB));
     let mut many = Contender::ours(&sources.make("many.img", size), true);
     // Two more are there while it is measured.
-    take(&mut many, if run.options.small { 8 } else { 98 }, size);
+    take(&mut many, if run.options.small { 3 } else { 98 }, size);
     let mut one = Contender::ours(&sources.make("one.img", size), false);
     one.name = ONE;
     let mut all = [many, one];
@@ -128,7 +128,7 @@ fn thousand(run: &mut Run) {
         &[at_least(ONE, 0.9, 0.97)],
     );
     let (sources, size) = (Sources::new(), run.options.size.min(512 * MIB));
-    let count = if run.options.small { 20 } else { 999 };
+    let count = if run.options.small { 6 } else { 999 };
     let mut all = Vec::new();
     for (name, more) in [(OURS, count), (ONE, 0)] {
         let source = sources.make(&format!("of-{more}.img"), size);
