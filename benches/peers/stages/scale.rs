@@ -65,7 +65,7 @@ fn hundred(run: &mut Run) {
         |contender, round| {
             touch(&contender.rig().snapshot("disk", "now")).unwrap();
             let mut offsets = mixed(size, PAGE, 500 + round as u64);
-            offsets.truncate(4096);
+            offsets.truncate(if run.options.small { 128 } else { 4096 });
             let rate = Scattered {
                 path: &contender.live,
                 offsets: &offsets,
