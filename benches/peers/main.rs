@@ -124,6 +124,7 @@ fn finish(run: &Run, machine: &serde_json::Value, load: &str) {
         "size": options.size,
         "rounds": options.rounds,
         "extents": options.extents,
+        "pieces": options.pieces,
         "depth_16_by": options.driver(),
         "missing": run.peers.missing,
         "wrong_bytes_of_peers": run.wrong,

@@ -5,6 +5,8 @@ use std::process::Command;
 
 use clap::Parser;
 
+use super::contender::OURS;
+
 #[derive(Parser)]
 #[command(
     name = "cargo bench --bench peers --",
@@ -34,6 +36,12 @@ struct Arguments {
     /// Depth 16 by threads of this program also where fio is installed
     #[arg(long, env = "STILLFRAME_PEERS_NO_FIO")]
     no_fio: bool,
+    /// In what pieces sources are made that are to be written to; decides how their page cache is cut up
+    #[arg(long, env = "STILLFRAME_PEERS_PIECES", default_value = "4K", value_parser = stillframe::cli::args::size)]
+    pieces: u64,
+    /// Only contenders whose name holds this, and ours; may be given several times
+    #[arg(long, value_name = "NAME")]
+    who: Vec<String>,
     /// Name the rows and end
     #[arg(long)]
     list: bool,
@@ -44,10 +52,12 @@ struct Arguments {
 
 pub struct Options {
     pub rows: Vec<String>,
+    who: Vec<String>,
     pub small: bool,
     pub size: u64,
     pub rounds: usize,
     pub extents: u64,
+    pub pieces: u64,
     pub dir: PathBuf,
     pub out: PathBuf,
     pub fio: bool,
@@ -74,6 +84,7 @@ impl Options {
         let out = arguments.out.unwrap_or(out);
         Options {
             rows: arguments.rows,
+            who: arguments.who,
             small,
             size: size.max(least).next_multiple_of(1 << 20),
             rounds: arguments.rounds.unwrap_or(if small { 1 } else { 7 }).max(1),
@@ -81,6 +92,8 @@ impl Options {
                 .extents
                 .unwrap_or(if small { 2000 } else { 1_000_000 })
                 .max(256),
+            // Pages, up to a MiB.
+            pieces: arguments.pieces.clamp(4096, 1 << 20).next_power_of_two(),
             dir,
             out,
             fio: !arguments.no_fio && installed("fio"),
@@ -92,6 +105,12 @@ impl Options {
     pub fn wants(&self, ids: &[&str]) -> bool {
         let asked = |id: &&str| self.rows.iter().any(|part| id.contains(part.as_str()));
         self.rows.is_empty() || ids.iter().any(asked)
+    }
+
+    /// Whether a contender is asked for. Ours always is.
+    pub fn measures(&self, name: &str) -> bool {
+        let asked = |part: &String| name.contains(part.as_str());
+        self.who.is_empty() || name.starts_with(OURS) || self.who.iter().any(asked)
     }
 
     /// How depth 16 is driven.

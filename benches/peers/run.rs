@@ -82,6 +82,9 @@ impl Run {
             for i in 0..count {
                 self.check_interrupt();
                 let contender = &mut contenders[(round + i) % count];
+                if !self.options.measures(contender.name) {
+                    continue;
+                }
                 let value = measure(contender, round);
                 driver::settle(&contender.behind);
                 if round >= unused {
@@ -111,6 +114,13 @@ impl Sources {
     pub fn make(&self, name: &str, size: u64) -> PathBuf {
         let path = self.at(name);
         driver::make_source(&path, size, 0..size);
+        path
+    }
+
+    /// One that is to be written to, in pieces of the size that was asked for.
+    pub fn make_for_writes(&self, name: &str, size: u64, options: &Options) -> PathBuf {
+        let path = self.at(name);
+        driver::make_source_in(options.pieces, &path, size, 0..size);
         path
     }
 }

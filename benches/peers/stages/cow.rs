@@ -93,14 +93,17 @@ fn works() -> [Work; 5] {
 fn against_peers(run: &mut Run) {
     let (sources, size) = (Sources::new(), run.options.size);
     let mut all = vec![
-        Contender::raw(&sources.make("raw.img", size)),
-        Contender::ours(&sources.make("ours.img", size), true),
+        Contender::raw(&sources.make_for_writes("raw.img", size, &run.options)),
+        Contender::ours(
+            &sources.make_for_writes("ours.img", size, &run.options),
+            true,
+        ),
     ];
-    let source = sources.make("fleecing.img", size);
+    let source = sources.make_for_writes("fleecing.img", size, &run.options);
     all.extend(run.peers.fleecing(&source, false));
-    let source = sources.make("uring.img", size);
+    let source = sources.make_for_writes("uring.img", size, &run.options);
     all.extend(run.peers.fleecing(&source, true));
-    let source = sources.make("nbd.img", size);
+    let source = sources.make_for_writes("nbd.img", size, &run.options);
     all.extend(run.peers.nbd(&source, true, true));
     for work in works() {
         if !run.wants(work.id) {
@@ -184,7 +187,7 @@ fn space(run: &mut Run) {
         &[under(6.0, 4.5)],
     );
     let (sources, size) = (Sources::new(), run.options.size);
-    let source = sources.make("space.img", size);
+    let source = sources.make_for_writes("space.img", size, &run.options);
     let mut ours = Contender::ours(&source, true);
     let offsets = mixed(size, COPIED, 5);
     for _ in 0..run.options.rounds.min(3) {

@@ -32,7 +32,7 @@ pub fn measure(run: &mut Run) {
 
 fn with_no_snapshot(run: &mut Run) {
     let (sources, size) = (Sources::new(), run.options.size);
-    let source = sources.make("disk.img", size);
+    let source = sources.make_for_writes("disk.img", size, &run.options);
     let mut all = vec![Contender::raw(&source), Contender::ours(&source, false)];
     let peers = &mut run.peers;
     all.extend(peers.plain(&source, false, true));
@@ -56,10 +56,16 @@ fn with_no_snapshot(run: &mut Run) {
 
 fn rewrites(run: &mut Run) {
     let (sources, size) = (Sources::new(), run.options.size.min(64 * MIB));
-    let mut kept = Contender::ours(&sources.make("kept.img", size), true);
+    let mut kept = Contender::ours(
+        &sources.make_for_writes("kept.img", size, &run.options),
+        true,
+    );
     write_in_order(&kept.live, 0..size, MIB, true);
     assert!(unique(kept.rig(), "s0") >= size, "it is not preserved");
-    let mut plain = Contender::ours(&sources.make("plain.img", size), false);
+    let mut plain = Contender::ours(
+        &sources.make_for_writes("plain.img", size, &run.options),
+        false,
+    );
     plain.name = NO_SNAPSHOT;
     let mut all = [kept, plain];
     let claims = [at_least(NO_SNAPSHOT, 0.9, 0.97)];

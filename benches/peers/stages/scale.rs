@@ -54,10 +54,16 @@ fn hundred(run: &mut Run) {
         &[at_most(ONE, 1.1, 1.02)],
     );
     let (sources, size) = (Sources::new(), run.options.size.min(256 * MIB));
-    let mut many = Contender::ours(&sources.make("many.img", size), true);
+    let mut many = Contender::ours(
+        &sources.make_for_writes("many.img", size, &run.options),
+        true,
+    );
     // Two more are there while it is measured.
     take(&mut many, if run.options.small { 3 } else { 98 }, size);
-    let mut one = Contender::ours(&sources.make("one.img", size), false);
+    let mut one = Contender::ours(
+        &sources.make_for_writes("one.img", size, &run.options),
+        false,
+    );
     one.name = ONE;
     let mut all = [many, one];
     run.turns(
