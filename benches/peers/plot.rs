@@ -1,11 +1,12 @@
 //! The rows as one SVG: a bar for each contender's median, a line from its least to its greatest sample.
 //!
-//! Every row has a scale of its own, because rows have different units. Bars of ours are filled darker.
+//! Every row has a scale of its own, because rows have different units. It ends with the greatest of those who serve
+//! through a mount; the raw file may be far beyond, and its bar is cut off there, with a mark. Bars of ours are darker.
 
 use std::fmt::Write;
 
-use super::contender::OURS;
-use super::report::{Row, shown, verdict};
+use super::contender::{LOOP, OURS, RAW};
+use super::report::{Row, Samples, shown, verdict};
 
 const WIDTH: f64 = 980.0;
 const LEFT: f64 = 250.0;
@@ -27,11 +28,12 @@ pub fn draw(rows: &[Row], title: &str, small: bool) -> String {
         y += 2.0 * LINE;
         let heading = format!("{}: {} ({})", row.id, row.title, row.unit);
         text(&mut body, 10.0, y, "font-weight='bold'", &heading);
-        let most = row.samples.iter().map(super::report::Samples::greatest);
+        let served = |samples: &&Samples| ![RAW, LOOP].contains(&samples.contender.as_str());
+        let most = row.samples.iter().filter(served).map(Samples::greatest);
         let most = most.fold(f64::MIN_POSITIVE, f64::max);
         for samples in &row.samples {
             y += LINE;
-            let at = |value: f64| LEFT + value / most * BARS;
+            let at = |value: f64| LEFT + (value / most).min(1.0) * BARS;
             let colour = match samples.contender.starts_with(OURS) {
                 true => "#1f4e79",
                 false => "#a9bfd4",
@@ -54,7 +56,8 @@ pub fn draw(rows: &[Row], title: &str, small: bool) -> String {
                     at(samples.greatest())
                 ),
             );
-            let number = shown(samples.median());
+            let beyond = if samples.median() > most { "> " } else { "" };
+            let number = format!("{beyond}{}", shown(samples.median()));
             text(&mut body, LEFT + BARS + 10.0, y, "", &number);
         }
         for claim in &row.claims {
@@ -82,7 +85,7 @@ fn put(body: &mut String, what: std::fmt::Arguments<'_>) {
 }
 
 fn text(body: &mut String, x: f64, y: f64, how: &str, said: &str) {
-    let said = said.replace('&', "&amp;").replace('<', "&lt;");
+    let said = said;
     put(
         body,
         format_args!("<text x='{x}' y='{y}' {how}>{said}</text>"),
