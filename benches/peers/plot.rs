@@ -85,7 +85,7 @@ fn put(body: &mut String, what: std::fmt::Arguments<'_>) {
 }
 
 fn text(body: &mut String, x: f64, y: f64, how: &str, said: &str) {
-    let said = said;
+    let said = said.replace('&', "&amp;").replace('<', "&lt;");
     put(
         body,
         format_args!("<text x='{x}' y='{y}' {how}>{said}</text>"),
