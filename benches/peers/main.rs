@@ -1,6 +1,6 @@
 //! Stillframe against its peers and against the raw file: the same work, in turns, in one run.
 //!
-//!     cargo bench --bench peers                          all rows; half an hour or more, 15 GB of disk
+//!     cargo bench --bench peers                          all rows; most of an hour, 15 GB of disk
 //!     cargo bench --bench peers -- seq rand-read         rows whose name holds one of these
 //!     cargo bench --bench peers -- --size 256M --rounds 3
 //!     cargo test --bench peers -- --small                everything on a few MiB, in seconds; judges nothing
