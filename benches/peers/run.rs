@@ -86,7 +86,9 @@ impl Run {
                     continue;
                 }
                 let value = measure(contender, round);
-                driver::settle(&contender.behind);
+                if !self.options.small {
+                    driver::settle(&contender.behind);
+                }
                 if round >= unused {
                     take(contender.name, value);
                 }

@@ -112,12 +112,7 @@ fn against_peers(run: &mut Run) {
         let mut row = Row::new(work.id, work.title, "writes/s", &work.claims);
         run.turns(
             &mut all,
-            |contender, round| {
-                let seed = round as u64 + 1000;
-                let mut offsets = mixed(size, COPIED, seed);
-                offsets.truncate(work.most);
-                once(run, contender, &work, &offsets)
-            },
+            |contender, round| once(run, contender, &work, round),
             |name, value| row.add(name, value),
         );
         run.done(row);
@@ -127,14 +122,18 @@ fn against_peers(run: &mut Run) {
 }
 
 /// One measurement, with a new snapshot of whoever has snapshots.
-fn once(run: &Run, contender: &mut Contender, work: &Work, offsets: &[u64]) -> f64 {
+fn once(run: &Run, contender: &mut Contender, work: &Work, round: usize) -> f64 {
+    let mut offsets = mixed(run.options.size, COPIED, round as u64 + 1000);
+    offsets.truncate(work.most);
+    let offsets = &offsets[..];
     let source: PathBuf = contender.behind[0].clone();
     let again = |made: Result<Contender, String>| made.unwrap_or_else(|e| panic!("{e}"));
     ready(&source, run.options.size);
+    let snapshot = format!("now-{}-{round}", work.id);
     let mut before = 0;
     match contender.name {
         OURS => {
-            touch(&contender.rig().snapshot("disk", "now")).unwrap();
+            touch(&contender.rig().snapshot("disk", &snapshot)).unwrap();
             before = preserved(contender);
         }
         RAW => {}
@@ -155,11 +154,10 @@ fn once(run: &Run, contender: &mut Contender, work: &Work, offsets: &[u64]) -> f
         OURS => {
             let kept = preserved(contender) - before;
             assert!(kept >= count * work.request, "only {kept} bytes are kept");
-            settle(&contender.behind);
-            match run.options.small {
-                // It takes up to a second, and nobody is to be spared here.
-                true => std::fs::remove_file(contender.rig().snapshot("disk", "now")).unwrap(),
-                false => delete(contender.rig(), "now"),
+            // To wait for what is reclaimed takes up to a second, and with small input nobody is to be spared.
+            if !run.options.small {
+                settle(&contender.behind);
+                delete(contender.rig(), &snapshot);
             }
         }
         FLEECING | FLEECING_URING => {

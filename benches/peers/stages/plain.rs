@@ -90,7 +90,11 @@ fn scattered(
         return;
     }
     let mut row = Row::new(id, title, "writes/s", claims);
-    let most = if depth == 1 { 16384 } else { 65536 };
+    let most = match (run.options.small, depth) {
+        (true, _) => 256,
+        (_, 1) => 16384,
+        _ => 65536,
+    };
     run.turns(
         all,
         |contender, round| {
