@@ -456,7 +456,8 @@ fn links_that_are_swapped_lead_nowhere() {
     let (mnt, store) = (arena.join("mnt"), arena.join("store"));
     let end = Instant::now() + Duration::from_secs(seconds);
     let (mut served, mut refusals) = (0, 0);
-    while Instant::now() < end {
+    // As many as a slow machine needs, too.
+    while Instant::now() < end || served + refusals <= 3 {
         let mut command = Command::new("timeout");
         command.args(["--signal=TERM", "20", BINARY, "mount", "--foreground"]);
         command.args([mnt.to_str().unwrap(), "--volume", &volume, "--store"]);
