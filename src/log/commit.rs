@@ -35,7 +35,7 @@ use crate::log::segment::{self, BATCHES_AT, HEAD_AT, Head, SEGMENT_MAX, Tail};
 use crate::sys::clock::Clock;
 use crate::sys::disk::{Dir, Disk, Open};
 use crate::sys::planted::{Bug, planted, point};
-use crate::units::{BLOCK, Lsn, Place, Uuid};
+use crate::units::{BLOCK, COUNTER_MAX, Lsn, Place, Uuid};
 
 /// Payload after which a batch takes no further submissions: one sync then moves enough.
 pub const BATCH_PAYLOAD_MAX: usize = 1 << 20;
@@ -632,6 +632,7 @@ impl Writer {
         entries: &mut [Entry],
         durable_lsn: &AtomicU64,
     ) -> Result<Lsn> {
+        self.check_counters()?;
         let mut first_error = None;
         for _ in 0..2 {
             let written = self
@@ -648,6 +649,18 @@ impl Writer {
             }
         }
         Err(first_error.expect("the loop ends here only after an error"))
+    }
+
+    /// Whether there are numbers for some more batches and segments: what is written beyond the last that
+    /// a reader takes is lost.
+    fn check_counters(&self) -> Result<()> {
+        const SOME: u64 = 16;
+        let spent = self.lsn_next.max(self.tail.generation) > COUNTER_MAX - SOME;
+        if spent || self.number_max > u32::MAX - SOME as u32 {
+            let why = "the log has as many batches or segments as can be counted";
+            return Err(Error::new(Kind::Limit, why));
+        }
+        Ok(())
     }
 
     fn roll_if_needed(

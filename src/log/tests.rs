@@ -12,7 +12,7 @@ use crate::log::scan::{Event, Scan, Scanned};
 use crate::log::segment;
 use crate::sys::disk::Dir as _;
 use crate::sys::sim::{Op, SimWorld};
-use crate::units::{BLOCK, Place, Uuid};
+use crate::units::{BLOCK, COUNTER_MAX, Place, Uuid};
 
 const STORE: Uuid = Uuid([7; 16]);
 const EIO: i32 = 5;
@@ -107,6 +107,29 @@ fn five(world: &SimWorld) -> Vec<Place> {
         });
     }
     places
+}
+
+/// Nobody comes so far; but what says that it has is refused, not followed by what no reader takes.
+#[test]
+fn a_log_that_has_no_numbers_left_takes_nothing() {
+    let world = SimWorld::new(1);
+    five(&world);
+    let (_, _, scanned) = scan(&world).unwrap();
+    let spent: [&dyn Fn(&mut Resume); 3] = [
+        &|r| r.tail.lsn = COUNTER_MAX,
+        &|r| r.tail.generation = COUNTER_MAX,
+        &|r| r.number_max = u32::MAX,
+    ];
+    for spend in spent {
+        let mut resume = resume_of(&scanned);
+        spend(&mut resume);
+        let log = open(&world, resume);
+        let refused = log.append(&Seen::default(), vec![preserve(&log, 99)]);
+        assert_eq!(refused.unwrap_err().kind(), Kind::Limit);
+    }
+    let log = open(&world, resume_of(&scanned));
+    log.append(&Seen::default(), vec![preserve(&log, 99)])
+        .unwrap();
 }
 
 #[test]
