@@ -61,11 +61,6 @@ impl Run {
         if self.chance.below(12) == 0 {
             self.hold(v, &name)?;
         }
-        let (volume, snapshot) = (self.name(v), Name::new(&name).unwrap());
-        if self.engine.snapshot(&volume, &snapshot).unwrap().held {
-            // Its release was refused on a full disk.
-            self.engine.hold_snapshot(&volume, &snapshot, false)?;
-        }
         let open = !self.faulty && self.chance.below(4) == 0;
         let keep = self.chance.below(3) == 0
             && self.volumes[v].bookmarks.len() < BOOKMARKS
@@ -76,7 +71,12 @@ impl Run {
     /// Deletes a snapshot, perhaps for a bookmark, perhaps while somebody has it open.
     pub fn delete_this(&mut self, v: usize, name: &str, keep: bool, open: bool) -> Result<()> {
         let (volume, snapshot) = (self.name(v), Name::new(name).unwrap());
-        let uuid = self.engine.snapshot(&volume, &snapshot)?.uuid;
+        let info = self.engine.snapshot(&volume, &snapshot)?;
+        if info.held {
+            // Its release was refused on a full disk.
+            self.engine.hold_snapshot(&volume, &snapshot, false)?;
+        }
+        let uuid = info.uuid;
         let held = open.then(|| {
             self.engine
                 .open_snapshot(&volume, &snapshot)
