@@ -235,6 +235,11 @@ impl SuperblockFile {
         let disk = dir
             .open(FILE, Open::Write)
             .context(|| "cannot open the store's superblock")?;
+        // A killed predecessor's slot may be in the page cache only. Relied on, it would have the next
+        // update go over the one slot that the medium has.
+        disk.sync_data()
+            .and_then(|()| disk.drop_cache())
+            .context(|| "cannot sync the store's superblock")?;
         let mut best: Option<Superblock> = None;
         let mut worst = Error::new(Kind::Damaged, "both slots of the superblock are damaged");
         for slot in 0..2u64 {
