@@ -74,6 +74,11 @@ impl Shared {
             self.heal.wait.store(wait - 1, Ordering::Relaxed);
             return;
         }
+        // Nobody makes the map again meanwhile, in the place that is cleared here.
+        let _one = lock(&self.heal.one);
+        if !self.map_in_memory.load(Ordering::Acquire) {
+            return;
+        }
         match self.try_map_to_disk() {
             Ok(true) => tracing::info!("there is space again: the extent map is on disk"),
             Ok(false) => self.heal.wait.store(LOOK_AFTER, Ordering::Relaxed),
